@@ -1,0 +1,48 @@
+# make demo   set up and run the main job on embedded data
+# make test   set up and run all tests
+# make lint   ruff and pyright
+# make bench  the head-to-head timings (long; results in benchmarks/results)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
+INSTALL = if command -v uv >/dev/null 2>&1; \
+	then uv pip install --quiet --python $(BIN)/python -c constraints.txt $(1); \
+	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(1); fi
+DEMO_OUT ?= runs/demo
+
+.PHONY: demo test fast lint bench clean
+
+demo: $(VENV)/core
+	$(BIN)/permjax run --out $(DEMO_OUT) --force
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -m "not slow"
+
+fast: $(VENV)/dev
+	$(BIN)/python -m pytest -m fast
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/weight_matching.py
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "permjax needs Python 3.11 or newer on the PATH (or PYTHON=/path/to/python)."; exit 1; }
+	@if command -v uv >/dev/null 2>&1; then uv venv --quiet --python "$(PYTHON)" $(VENV); else "$(PYTHON)" -m venv $(VENV); fi
+
+$(VENV)/core: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing permjax into $(VENV) (a few minutes the first time) ..."
+	@$(call INSTALL,-e .)
+	@touch $@
+
+$(VENV)/dev: $(VENV)/core
+	@$(call INSTALL,-e '.[dev]')
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venv-newest runs build dist .pytest_cache .ruff_cache

@@ -1,0 +1,105 @@
+"""What the language models share: pure functions over flat dicts with Hugging Face names."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from permjax.nets.base import Net, stateless
+
+Weights = Mapping[str, Array]
+
+# Keys of Hugging Face configurations that leave the logits of evaluation mode alone.
+IGNORED_KEYS = frozenset(
+    {
+        "_attn_implementation",
+        "_name_or_path",
+        "_num_labels",
+        "architectures",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "gradient_checkpointing",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "max_length",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "task_specific_params",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+_EXAMPLE_TOKENS = 16  # at most, in `example_inputs`
+
+
+def language_model(
+    config: Any,
+    apply: Callable[[Any, Weights, Array], Array],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    positions: int,
+    scale: Callable[[str], float],
+) -> Net:
+    """A language model as a network.
+
+    Args:
+        config: the configuration to keep; its `vocab_size` bounds the example tokens.
+        apply: `apply(config, params, tokens) -> logits`.
+        shapes: the shape of every weight by name.
+        positions: the longest sequence of tokens.
+        scale: the standard deviation of a weight of two axes at the start, by name; other weights start at one, and
+            biases at zero.
+    """
+
+    def init(key: Array) -> dict[str, Array]:
+        drawn = [name for name, shape in shapes.items() if len(shape) > 1]
+        ends = np.cumsum([np.prod(shapes[name]) for name in drawn])
+        pieces = dict(zip(drawn, jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1]), strict=True))
+        return {
+            name: scale(name) * pieces[name].reshape(shape)
+            if name in pieces
+            else jnp.full(shape, 0.0 if name.endswith("bias") else 1.0)
+            for name, shape in shapes.items()
+        }
+
+    def example_inputs(batch: int) -> tuple[Array]:
+        length = min(_EXAMPLE_TOKENS, positions)
+        return (jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length) % config.vocab_size,)
+
+    def apply_config(params: Weights, tokens: Array) -> Array:
+        return apply(config, params, tokens)
+
+    return stateless(config, init, apply_config, example_inputs)
+
+
+def check_length(tokens: Int[Array, "batch tokens"], positions: int) -> None:
+    """Refuse sequences that are longer than the positions the model knows."""
+    if tokens.shape[1] > positions:
+        message = f"The sequences have {tokens.shape[1]} tokens, but the model has {positions} positions; "
+        raise ValueError(message + "cut them into shorter pieces.")
+
+
+def causal_softmax(scores: Float[Array, "... queries keys"]) -> Float[Array, "... queries keys"]:
+    """Attention weights in which no query sees a later key."""
+    visible = jnp.tri(*scores.shape[-2:], dtype=bool)
+    visible = visible.reshape((1,) * (scores.ndim - 2) + visible.shape)
+    return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(scores.dtype).min), axis=-1)
+
+
+def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Half precision to float32, wider floats as they are: for statistics over a long axis."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

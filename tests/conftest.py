@@ -1,0 +1,146 @@
+"""One house for all tests: CPU with four virtual devices, strict arrays, checked annotations."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+install_import_hook("permjax", "beartype.beartype")  # before the first import of permjax
+
+from permjax.symmetry.spec import Fixed, Group, Leaf, Of, PermutationSpec, Product, Sum  # noqa: E402
+
+hypothesis.settings.register_profile("permjax", deadline=None, max_examples=10, derandomize=True)
+hypothesis.settings.load_profile("permjax")
+
+TESTS = Path(__file__).parent
+STRICT_FOLDERS = {"symmetry", "match", "merge", "lmc", "lora"}
+STRICT_FILES = {f"test_{floor}.py" for floor in ("tree", "permutation", "plan", "action", "files", "steps")}
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+    """No silent change of dtype in the floors and the methods; optax and flax need the standard rules."""
+    first, *_ = request.path.relative_to(TESTS).parts
+    if first in STRICT_FOLDERS or first in STRICT_FILES:
+        with jax.numpy_dtype_promotion("strict"):
+            yield
+    else:
+        yield
+
+
+# A small zoo of symmetries, one for each way in which groups stand in leaves.
+
+H, D, E, L, F = (Of(name) for name in ("head", "qk", "vo", "layer", "ff"))
+
+
+def by_hand(groups: dict, leaves: dict, indices: dict | None = None) -> PermutationSpec:
+    """A spec from `group -> (size, per)`, `leaf -> axes` and `index group -> size`."""
+    every = [Group(name, size, per) for name, (size, per) in groups.items()]
+    fixed = [Group(name, size) for name, size in (indices or {}).items()]
+    sizes = PermutationSpec((*every,), (), (*fixed,))
+    found = [Leaf(name, tuple(sizes.size(a) for a in axes), tuple(axes)) for name, axes in leaves.items()]
+    return PermutationSpec((*every,), (*found,), (*fixed,))
+
+
+ZOO = {
+    "mlp": PermutationSpec.from_axes(
+        {"a/kernel": (3, 5), "a/bias": (5,), "b/kernel": (5, 4), "b/mean": (4,), "c/kernel": (4, 2)},
+        {
+            "a/kernel": (None, "h0"),
+            "a/bias": ("h0",),
+            "b/kernel": ("h0", "h1"),
+            "b/mean": ("h1",),
+            "c/kernel": ("h1", None),
+        },
+        roles={"b/mean": "statistic"},
+    ),
+    "same group on two axes": by_hand(
+        {"h": (5, ())}, {"square": (Of("h"), Of("h")), "cube": (Of("h"), Fixed(2), Of("h")), "bias": (Of("h"),)}
+    ),
+    "attention, fused and split": by_hand(
+        {"head": (3, ()), "qk": (4, ("head",)), "vo": (2, ("head",)), "res": (3, ())},
+        {
+            "fused": (Of("res"), Sum((Product((H, D)), Product((H, D)), Product((H, E))))),
+            "bias": (Sum((Product((H, D)), Product((H, D)), Product((H, E)))),),
+            "split": (Of("res"), H, D),
+            "minor first": (D, Of("res"), H),
+            "out": (Product((H, E)), Of("res")),
+            "scale": (H,),
+        },
+    ),
+    "stacked layers": by_hand(
+        {"ff": (4, ("layer",)), "head": (3, ("layer",)), "vo": (2, ("layer", "head")), "res": (3, ())},
+        {
+            "up": (L, Of("res"), F),
+            "down": (L, F, Of("res")),
+            "value": (L, Of("res"), Product((H, E))),
+            "out": (Product((L, H)), E, Of("res")),
+            "table": (Product((L, H, E)), Fixed(2)),
+        },
+        {"layer": 3},
+    ),
+    "concatenation and grouped channels": by_hand(
+        {"a": (3, ()), "b": (4, ()), "in group": (2, ("b",))},
+        {
+            "dense": (Fixed(2), Sum((Of("a"), Fixed(2), Of("b")))),
+            "depthwise": (Product((Of("b"), Of("in group"))), Fixed(3)),
+            "nested": (Product((Product((Of("b"), Fixed(2))), Of("in group"))), Of("a")),
+        },
+    ),
+    "dependent axis before its outer axis": by_hand(
+        {"head": (3, ()), "qk": (4, ("head",)), "vo": (2, ("head",)), "kv": (3, ()), "q in kv": (2, ("kv",))},
+        {
+            "w": (D, Product((H, E))),
+            "cross": (Product((H, Fixed(2))), D),
+            "circle": (Product((H, Of("q in kv"))), Product((Of("kv"), D))),
+        },
+    ),
+    "outer groups in another order": by_hand(
+        {"x": (2, ()), "y": (3, ()), "mid": (4, ("y", "x")), "in": (3, ("x", "y", "mid"))},
+        {"w": (Of("x"), Of("y"), Of("mid"), Of("in")), "v": (Product((Of("y"), Of("x"), Of("mid"))), Of("in"))},
+    ),
+}
+
+
+@pytest.fixture(scope="session", params=ZOO)
+def zoo_spec(request) -> PermutationSpec:
+    """Every symmetry of the zoo in turn."""
+    return ZOO[request.param]
+
+
+@pytest.fixture(scope="session")
+def zoo():
+    """All symmetries of the zoo by name."""
+    return ZOO
+
+
+@pytest.fixture(scope="session")
+def draw_params():
+    """`draw_params(spec, seed, backend)`: leaves of normal random numbers, by name."""
+
+    def draw(spec: PermutationSpec, seed: int = 0, backend=np):
+        rng = np.random.default_rng(seed)
+        return {leaf.name: backend.asarray(rng.standard_normal(leaf.shape, np.float32)) for leaf in spec.leaves}
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def draw_permutations():
+    """`draw_permutations(spec, seed)`: random permutations in NumPy, made without permjax."""
+
+    def draw(spec: PermutationSpec, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        start = {g.name: np.broadcast_to(np.arange(g.size, dtype=np.int32), spec.shape(g.name)) for g in spec.groups}
+        return {name: rng.permuted(rows, axis=-1) for name, rows in start.items()}
+
+    return draw
