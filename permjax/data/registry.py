@@ -1,0 +1,72 @@
+"""Data sets by name."""
+
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from permjax.data import images
+from permjax.data.dataset import Dataset, MissingData
+from permjax.data.digits import digits
+from permjax.data.generated import blobs
+from permjax.tree import nearest
+
+_LOADERS: dict[str, Callable[..., Dataset]] = {
+    "digits": digits,
+    "mnist10k": images.mnist10k,
+    "cifar10": images.cifar10,
+    "npz": images.npz,
+    "folder": images.folder,
+    "blobs": blobs,
+}
+
+
+def load(name: str, root: str | Path | None = None, **options: Any) -> Dataset:
+    """A data set by name: `digits` and `blobs` need no file, the others real data.
+
+    Args:
+        name: `digits`, `mnist10k`, `cifar10`, `npz`, `folder` or `blobs`.
+        root: the folder of real data; the environment variable PERMJAX_DATA by default. A relative `path` of `npz`
+            or `folder` starts there too.
+        options: what the reader of that name takes (see `permjax.data.images`, `digits` and `generated`).
+
+    Raises:
+        MissingData: a file is not there; says which, what it is, and which setting names its folder.
+        ValueError: an unknown name or option (with the nearest one), or a file that is not what it should be.
+
+    Example:
+        >>> load("digits", seed=1).x_train.shape
+        (1437, 8, 8)
+    """
+    if name not in _LOADERS:
+        message = f"There is no data set {name!r}{nearest(name, _LOADERS)}; known are {', '.join(_LOADERS)}."
+        raise ValueError(message)
+    parameters = inspect.signature(_LOADERS[name]).parameters
+    allowed = [option for option in parameters if option != "root"]
+    for option in options:
+        if option not in allowed:
+            message = f"The data set {name!r} has no option {option!r}{nearest(option, allowed)}; "
+            raise ValueError(message + f"known are {', '.join(allowed)}.")
+    folder = root or os.environ.get("PERMJAX_DATA")
+    if "root" in parameters:
+        options["root"] = _existing(name, folder)
+    elif "path" in parameters:
+        options["path"] = _path(name, folder, options)
+    return _LOADERS[name](**options)
+
+
+def _existing(name: str, folder: str | Path | None) -> Path:
+    if not folder:
+        message = (
+            f"The data set {name!r} is real data, and no folder is named that has it; set `data.root` in the "
+            "configuration, or the environment variable PERMJAX_DATA."
+        )
+        raise MissingData(message)
+    return Path(folder)
+
+
+def _path(name: str, folder: str | Path | None, options: dict[str, Any]) -> Path:
+    if "path" not in options:
+        raise ValueError(f"The data set {name!r} needs the option 'path', the file or folder to read.")
+    return Path(folder or "", options["path"])
