@@ -18,7 +18,7 @@ Tree = TypeVar("Tree")
 def permute(spec: PermutationSpec, permutations: Mapping[str, Any], params: Tree) -> Tree:
     """Permute the units of a model: `leaf -> take(leaf, index(axis tree), axis)` on every axis.
 
-    The result computes the same function. NumPy leaves stay NumPy (one gather, one copy) as long as the permutations
+    The result computes the same function. NumPy leaves stay NumPy, gathered one at a time, as long as the permutations
     are concrete; JAX leaves may be traced, so this works under `jit`, `vmap` and `grad`.
 
     Args:
@@ -73,9 +73,8 @@ def permute_leaf(spec: PermutationSpec, leaf: Leaf, permutations: Mapping[str, A
     moved = {i: source(spec, leaf, i, permutations) for i, a in enumerate(leaf.axes) if moves(spec, a)}
     if not moved:
         return value
-    if isinstance(value, np.ndarray) and not is_traced(*moved.values()):
-        return _gather_numpy(value, {i: np.asarray(index) for i, index in moved.items()})
-    value = jnp.asarray(value)
+    if not isinstance(value, np.ndarray) or is_traced(*moved.values()):
+        value = jnp.asarray(value)
     try:
         order = list(TopologicalSorter({i: _outer_axes(spec, leaf, i) & moved.keys() for i in moved}).static_order())
     except CycleError:  # axes that index each other can only move together
@@ -102,6 +101,9 @@ def source(spec: PermutationSpec, leaf: Leaf, axis: int, permutations: Mapping[s
         int32 index that broadcasts against the leaf: the size of `axis` there, and of every other axis that the
         groups of this axis are `per`; 1 elsewhere.
     """
+    match leaf.axes[axis]:
+        case Of(group) if group in spec and not spec.group(group).per:
+            return permutations[group].reshape([-1 if i == axis else 1 for i in range(len(leaf.axes))])
     groups = {end.group for _, end in walk(leaf.axes[axis]) if isinstance(end, Of)}
     needed = {outer for g in groups for outer in spec.group(g).per} - groups
     others = [i for i in range(len(leaf.axes)) if i != axis]
@@ -187,18 +189,11 @@ def _outer_axes(spec: PermutationSpec, leaf: Leaf, axis: int) -> set[int]:
     return {i for i in range(len(groups)) if i != axis and groups[i] & outer}
 
 
-def _take(value: jax.Array, index: Any, axis: int) -> jax.Array:
+def _take(value: Any, index: Any, axis: int) -> Any:
+    xp = namespace(value)
     if index.size == index.shape[axis]:
-        return jnp.take(value, index.reshape(-1), axis=axis)
-    return jnp.take_along_axis(value, jnp.asarray(index), axis=axis)
-
-
-def _gather_numpy(value: np.ndarray, moved: dict[int, np.ndarray]) -> np.ndarray:
-    if len(moved) == 1:
-        ((axis, index),) = moved.items()
-        if index.size == value.shape[axis]:
-            return np.take(value, index.reshape(-1), axis=axis)
-    return _gather(value, moved)
+        return xp.take(value, xp.asarray(index.reshape(-1)), axis=axis)
+    return xp.take_along_axis(value, xp.asarray(index), axis=axis)
 
 
 def _gather(value: Any, moved: Mapping[int, Any]) -> Any:

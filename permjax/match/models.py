@@ -1,0 +1,51 @@
+"""Models on their way into a matching method and out of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from permjax import tree
+from permjax.action import permute
+from permjax.symmetry.spec import PermutationSpec
+
+
+def check_models(spec: PermutationSpec, models: tuple) -> None:
+    """Check that there are two models or more, of one structure, which is the spec's.
+
+    Raises:
+        ValueError: names the leaf that does not fit.
+    """
+    if len(models) < 2:
+        raise ValueError(f"matching needs two models or more, not {len(models)}; the first one is the anchor.")
+    tree.check_same_structure(models)
+    spec.validate({name: np.shape(leaf) for name, leaf in tree.flatten(models[0]).items()}, "model 0")
+
+
+def are_local(models: tuple) -> bool:
+    """Tell whether all leaves lie in the host's memory: NumPy arrays, and JAX arrays of the CPU."""
+    leaves = (leaf for model in models for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array))
+    return all(device.platform == "cpu" for leaf in leaves for device in leaf.devices())
+
+
+def entries(model: Any, what: str, local: bool) -> dict[str, Any]:
+    """Return the named leaves where they are worked on; JAX arrays of the CPU are viewed as NumPy, not copied.
+
+    Raises:
+        ValueError: names a leaf that is not finite.
+    """
+    found = {name: np.asarray(leaf) if local else jnp.asarray(leaf) for name, leaf in tree.flatten(model).items()}
+    tree.check_finite(found, what)
+    return found
+
+
+def reordered(spec: PermutationSpec, permutations: Mapping[str, Any], model: Any, found: Mapping[str, Any]) -> Any:
+    """Return the permuted model, made from its `entries`; leaves that were JAX arrays are so again, in their place."""
+    permuted = permute(spec, permutations, dict(found))
+
+    def place(name: str, leaf: Any) -> Any:
+        return jax.device_put(permuted[name], leaf.sharding) if isinstance(leaf, jax.Array) else permuted[name]
+
+    return tree.map_named(place, model)
