@@ -1,0 +1,125 @@
+"""The `permjax` command: experiments from configurations, and models from files."""
+
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated, Any, Union
+
+import tyro
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+"""Exit statuses besides 0."""
+
+_FILE_COMMANDS = {
+    "align": "Bring the units of models in checkpoint files into the order of those of the first.",
+    "merge": "Align models in checkpoint files and merge them into one.",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to run, and where to.
+
+    Attributes:
+        config: a TOML file, or the name of one that comes with permjax; the demo by default.
+        out: the folder of the run; runs/<CONFIG>-<hash> by default.
+        overrides: replace one value of the configuration, as in train.epochs=3.
+        force: start anew in a folder that holds a run.
+        progress: show progress bars.
+    """
+
+    config: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[CONFIG]")] = None
+    out: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    overrides: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="SECTION.KEY=VALUE")
+    ] = ()
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """Stands for a command that was not called, so that its module need not be imported."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 1 for a bug, 2 for bad input, 130 when interrupted."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        _run(_parsed(arguments), shlex.join(["permjax", *arguments]))
+    except SystemExit as end:  # tyro has said what is wrong, or shown the help
+        return end.code if isinstance(end.code, int) else BAD_INPUT
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on where it can.", INTERRUPTED)
+    except (ValueError, OSError) as error:
+        return _say(_line(error), BAD_INPUT)
+    except Exception as error:
+        place = _save_traceback()
+        return _say(f"internal error, {type(error).__name__}: {_line(error)} (the traceback is in {place})", FAILED)
+    return 0
+
+
+def _parsed(arguments: Sequence[str]) -> Any:
+    wanted = next(iter(arguments), "")
+    kinds: list[Any] = [
+        Annotated[Run, tyro.conf.subcommand("run", description="Run an experiment and report what it found.")]
+    ]
+    for name, description in _FILE_COMMANDS.items():
+        cls = getattr(import_module("permjax.experiments.commands"), name.title()) if name == wanted else _Unread
+        kinds.append(Annotated[cls, tyro.conf.subcommand(name, description=description)])
+    description = "Find, use and check the permutation symmetries of neural networks."
+    commands: Any = Union[tuple(kinds)]  # noqa: UP007
+    return tyro.cli(commands, prog="permjax", description=description, args=arguments)
+
+
+def _run(options: Any, command: str) -> None:
+    """Import what is needed only now, so that `--help` is quick."""
+    if isinstance(options, Run):
+        from permjax.experiments.runs import run
+
+        visible = options.progress
+        finished = run(
+            options.config, options.out, options.overrides, force=options.force, visible=visible, command=command
+        )
+    else:
+        from permjax.experiments import commands
+
+        finished = commands.run(options, command)
+    _show(finished)
+
+
+def _show(finished: Any) -> None:
+    """Print the metrics as a table, and where the report is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from permjax.report import headline
+
+    table = Table("metric", "value", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for key, value in headline(finished.metrics).items():
+        table.add_row(key, value)
+    console = Console(markup=False, highlight=False)
+    if not finished.fresh:
+        console.print(f"{finished.folder} holds this run, complete; --force runs it anew.", soft_wrap=True)
+    console.print(table)
+    console.print(f"\nReport: {finished.folder / 'report.html'}", soft_wrap=True)
+
+
+def _say(message: str, status: int) -> int:
+    print(f"permjax: {message}", file=sys.stderr)
+    return status
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _save_traceback() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="permjax-", suffix=".txt", delete=False) as file:
+        file.write(traceback.format_exc())
+    return file.name

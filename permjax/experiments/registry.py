@@ -1,0 +1,28 @@
+"""The kinds of experiments by name, imported when they are asked for."""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from permjax.experiments.progress import Progress
+from permjax.report import Outcome
+
+_MODULES = {"rebasin": "permjax.experiments.rebasin"}
+
+
+class Experiment(NamedTuple):
+    """One kind of experiment; its module has it as `EXPERIMENT`.
+
+    Attributes:
+        config: the configuration class, with its name as the class variable `experiment`.
+        run: `run(config, out, progress)`; it may keep state in `out/state`, from which an interrupted run goes on.
+    """
+
+    config: type
+    run: Callable[[Any, Path, Progress], Outcome]
+
+
+def experiments() -> dict[str, Experiment]:
+    """All kinds by name."""
+    return {kind: import_module(module).EXPERIMENT for kind, module in _MODULES.items()}
