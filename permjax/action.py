@@ -1,6 +1,7 @@
 """The action of permutations on models: every leaf gathered along its axis trees."""
 
 from collections.abc import Mapping
+from functools import reduce
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, TypeVar
 
@@ -75,13 +76,13 @@ def permute_leaf(spec: PermutationSpec, leaf: Leaf, permutations: Mapping[str, A
         return value
     if not isinstance(value, np.ndarray) or is_traced(*moved.values()):
         value = jnp.asarray(value)
+    if all(index.size == index.shape[i] for i, index in moved.items()):
+        return reduce(lambda kept, i: _take(kept, moved[i], i), moved, value)
     try:
         order = list(TopologicalSorter({i: _outer_axes(spec, leaf, i) & moved.keys() for i in moved}).static_order())
     except CycleError:  # axes that index each other can only move together
         return _gather(value, moved)
-    for i in order:
-        value = _take(value, moved[i], i)
-    return value
+    return reduce(lambda kept, i: _take(kept, moved[i], i), order, value)
 
 
 def moves(spec: PermutationSpec, axis: Axis) -> bool:

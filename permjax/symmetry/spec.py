@@ -145,6 +145,13 @@ class PermutationSpec:
                         found[end.group].append(Member(leaf.name, i, path))
         return {name: tuple(members) for name, members in found.items()}
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.groups, self.leaves, self.indices))
+
+    def __hash__(self) -> int:
+        return self._hash
+
     def __contains__(self, group: object) -> bool:
         return group in self._members
 
