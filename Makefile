@@ -12,7 +12,7 @@ INSTALL = if command -v uv >/dev/null 2>&1; \
 	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(1); fi
 DEMO_OUT ?= runs/demo
 
-.PHONY: demo test fast lint bench clean
+.PHONY: demo test fast lint bench clean notebooks
 
 demo: $(VENV)/core
 	$(BIN)/permjax run --out $(DEMO_OUT) --force
@@ -46,3 +46,8 @@ $(VENV)/dev: $(VENV)/core
 
 clean:
 	rm -rf $(VENV) .venv-newest runs build dist .pytest_cache .ruff_cache
+
+# execute the notebooks and write them with their outputs
+notebooks: $(VENV)/dev
+	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter-execute --inplace notebooks/*.ipynb

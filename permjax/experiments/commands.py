@@ -44,6 +44,7 @@ class Align(files.AlignOptions):
     config: _File = None
     arch: _Function = None
     plan: _File = None
+    init: _File = None
     progress: bool = True
 
 
@@ -61,6 +62,7 @@ class Merge(files.MergeOptions):
     config: _File = None
     arch: _Function = None
     plan: _File = None
+    init: _File = None
     weights: _Weights = None
     progress: bool = True
 

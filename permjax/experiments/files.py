@@ -20,6 +20,7 @@ from permjax.experiments.progress import Progress
 from permjax.io.checkpoint import Checkpoint, save_checkpoint
 from permjax.match.weights import weight_matching
 from permjax.merge.average import average, check_aligned, slerp
+from permjax.permutation import Permutations, validate
 from permjax.plan import Plan
 from permjax.report import Outcome
 from permjax.symmetry.spec import PermutationSpec
@@ -40,6 +41,7 @@ class AlignOptions:
         seed: of the matching.
         restarts: runs of the matching, of which the best counts.
         plan: also write the permutations to this `.json` or `.safetensors` file.
+        init: a plan from which the matching starts, as `plan` writes it.
     """
 
     models: tuple[str, ...]
@@ -51,6 +53,7 @@ class AlignOptions:
     seed: int = 0
     restarts: int = 1
     plan: str | None = None
+    init: str | None = None
 
 
 @dataclass(frozen=True)
@@ -165,10 +168,11 @@ def _examined(options: AlignOptions, checkpoints: tuple[Checkpoint, ...], target
 def _aligned(options: AlignOptions, files: ModelFiles, models: tuple[Any, ...], progress: Progress | None) -> Alignment:
     if not files.spec.groups:
         raise FilesError(f"Nothing in {files.architecture.source} can be permuted, so there is nothing to align.")
-    key = jax.random.key(options.seed)
+    key, init = jax.random.key(options.seed), _start(options, files.spec)
     with _stage(progress, "matching"):
         begin = time.perf_counter()
-        result = weight_matching(files.spec, models, key=key, solver=options.solver, restarts=options.restarts)
+        hyper: dict[str, Any] = {"solver": options.solver, "restarts": options.restarts, "init": init}
+        result = weight_matching(files.spec, models, key=key, **hyper)
         seconds = time.perf_counter() - begin
     run = jax.jit(files.architecture.apply)
     pairs = list(zip(models, result.models, strict=True))[1:]
@@ -176,6 +180,22 @@ def _aligned(options: AlignOptions, files: ModelFiles, models: tuple[Any, ...], 
         changes = tuple(_change(*(run(model, *files.architecture.inputs) for model in pair)) for pair in pairs)
     plan = cast(Plan, result.plan)  # matching always finds one
     return Alignment(options.models, files.spec, models, result.models, plan, result.info, changes, seconds)
+
+
+def _start(options: AlignOptions, spec: PermutationSpec) -> list[Permutations] | None:
+    """The permutations from which the matching starts."""
+    if options.init is None:
+        return None
+    plan = Plan.load(options.init)
+    if plan.models != len(options.models):
+        raise FilesError(f"The plan {options.init} is for {plan.models} models, not {len(options.models)}.")
+    try:
+        found = [plan.permutations(index) for index in range(1, plan.models)]
+        for permutations in found:
+            validate(spec, permutations)
+    except ValueError as error:
+        raise FilesError(f"The plan {options.init} cannot be a start: {error}") from None
+    return found
 
 
 def _change(before: Any, after: Any) -> float:

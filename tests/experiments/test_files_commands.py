@@ -177,6 +177,10 @@ def test_the_plan_that_is_written_leads_from_the_second_model_to_the_aligned_one
     plan = tmp_path / "plans" / f"plan.{ending}"
     align(AlignOptions(write(tmp_path, MLP, a=a, b=b), str(tmp_path / "out.safetensors"), plan=str(plan)))
     assert_same_bits(permute(spec_of("mlp"), Plan.load(plan).permutations(1), b), a)
+    paths = (str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"))
+    again = align(AlignOptions(paths, str(tmp_path / "again.safetensors"), init=str(plan)))
+    assert_same_bits(open_checkpoint(tmp_path / "again.safetensors"), tree.flatten(a))
+    assert again.metrics["l2_after"] == 0
 
 
 # merging

@@ -60,6 +60,15 @@ def as_pickle(path):
     return {"models": ("a.safetensors", "b.pt")}
 
 
+def started(labels, second="params/Dense_1/kernel:1"):
+    """A plan to start from, with the given labels of the second model's first group."""
+    rows = {"params/Dense_0/kernel:1": [list(range(8)), list(labels)], second: [list(range(6))] * 2}
+    widths = {"params/Dense_0/kernel:1": 8, second: 6}
+    text = {"format": "permjax-plan", "widths": widths, "per": dict.fromkeys(widths, ()), "labels": rows}
+    Path("init.json").write_text(json.dumps(text))
+    return {"init": "init.json"}
+
+
 def link(target, path):
     path.symlink_to(target)
     return {"out": str(path)}
@@ -130,6 +139,16 @@ REFUSED = {
         r"plan config\.json would be written over a file of a\.safetensors",
     ),
     "plan is the model": (lambda: {"plan": "out.safetensors"}, r"cannot both be out\.safetensors"),
+    "init is no bijection": (
+        lambda: started([0, 0, 1, 2, 3, 4, 5, 6]),
+        r"plan init\.json cannot be a start: model 1, group 'params/Dense_0/kernel:1': .* not one to one",
+    ),
+    "init out of range": (lambda: started([8, *range(7)]), r"init\.json.*labels reach from 0 to 8"),
+    "init of another model": (
+        lambda: started(range(8), second="other"),
+        r"permutations do not match the spec's groups.*'other'",
+    ),
+    "init is no plan": (lambda: {"init": "config.json"}, r"config\.json' holds no permjax plan"),
     "no restarts": (lambda: {"restarts": 0}, r"restarts must be at least 1"),
 }
 REFUSED_BY_ALIGN = {
