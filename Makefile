@@ -11,6 +11,7 @@ INSTALL = if command -v uv >/dev/null 2>&1; \
 	then uv pip install --quiet --python $(BIN)/python -c constraints.txt $(1); \
 	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(1); fi
 DEMO_OUT ?= runs/demo
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test fast lint bench clean notebooks
 
@@ -18,10 +19,10 @@ demo: $(VENV)/core
 	$(BIN)/permjax run --out $(DEMO_OUT) --force
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 fast: $(VENV)/dev
-	$(BIN)/python -m pytest -m fast
+	$(PYTEST) -m fast
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

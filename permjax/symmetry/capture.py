@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -159,7 +160,7 @@ def _collect(found: Captured, spec: PermutationSpec, writer: _Writer, tap, names
     blocks = [b for b in leaf_blocks(spec, Leaf(label, tuple(output.shape), axes)) if written & set(b.names)]
     for number, block in enumerate(blocks):
         tap_name = label if len(blocks) == 1 else f"{label}[{number}]"
-        for group in sorted(written & set(block.names)):
+        for group in sorted(written & set(block.names) & set(found.groups)):
             samples = _samples(spec, block, group, output)
             if samples is not None:
                 found.groups[group][tap_name] = samples
@@ -173,7 +174,7 @@ def _samples(spec: PermutationSpec, block: Block, group: str, output: Any) -> An
     last = [*(i for _, i in block.beside[axis]), axis]
     array = extract(block, output)
     array = array.transpose(*(i for i in range(array.ndim) if i not in last), *last)
-    return array.reshape((-1, *spec.shape(group)))
+    return array.reshape((prod(array.shape[: array.ndim - len(last)]), *spec.shape(group)))
 
 
 def _leaf_io(writer: _Writer, operands: list[Any], output: Any) -> LeafIO:
@@ -201,7 +202,7 @@ def _last(array: Any, axes: tuple[int, ...], stacked: int) -> Any:
     last = [i + stacked for i in axes]
     lead = [i for i in range(array.ndim) if i not in last]
     array = jnp.transpose(array, (*lead, *last))
-    return array.reshape((*array.shape[: len(lead)], -1))
+    return array.reshape((*array.shape[: len(lead)], prod(array.shape[len(lead) :])))
 
 
 def _groups(axis: Axis):

@@ -13,6 +13,8 @@ from permjax.symmetry.walk import Value, Walk, rule
 def _reshape(walk, eqn, operands):
     value, shape = operands[0], tuple(eqn.params["new_sizes"])
     axes: list[Any] = [None] * len(shape)
+    if 0 in shape:
+        return [walk.fresh(shape)]
     blocks = list(_blocks(value.shape, shape))
     for left, right in blocks:
         nodes = _regroup([value.axes[i] for i in left], [shape[j] for j in right], eqn)
@@ -99,6 +101,7 @@ def _tile(walk, eqn, operands):
     pairs = list(zip([Node(int(r)) for r in eqn.params["reps"]], value.axes, strict=True))
     view = walk.value(node for pair in pairs for node in pair)
     out = walk.value((product(pair) for pair in pairs), value.index)
+    out.wrapped = value.wrapped
     for i in range(len(pairs)):
         walk.match((value, (i,)), (view, (2 * i + 1,)))
         walk.match((view, (2 * i, 2 * i + 1)), (out, (i,)))
@@ -170,7 +173,7 @@ def _slices(walk: Walk, eqn, value: Value, ranges) -> Value:
             pin(node, eqn)
             axes.append(Node(-(-(limit - start) // stride), reason=eqn))
             continue
-        limit = start + 1 if stride != 1 else limit
+        limit = min(limit, start + 1) if stride != 1 else limit
         edges = [e for e in (start, limit) if 0 < e < node.size]
         pieces = cut_or_pin(node, sorted(set(edges)), eqn) if limit > start else [Node(0), Node(0)]
         axes.append(pieces[1 if start > 0 else 0])
@@ -210,6 +213,7 @@ def _dynamic_slice(walk, eqn, operands):
     for i in touched:
         pin(value.axes[i], eqn)
     out = walk.value((Node(n, reason=eqn) if i in touched else value.axes[i] for i, n in enumerate(sizes)), value.index)
+    out.wrapped = value.wrapped
     for i in range(len(sizes)):
         if i not in touched:
             walk.link(value, i, out, i, eqn)
@@ -248,6 +252,8 @@ def _gather(walk, eqn, operands):
             pin(node, eqn)
             walk.pin_index(where, eqn)
             walk.looked_up.append(node.size)
+    for k in set(d.collapsed_slice_dims) - set(d.start_index_map):
+        pin(value.axes[k], eqn)
     for k, j in batch.items():
         walk.link(value, k, where, j, eqn)
     shape = eqn.outvars[0].aval.shape
@@ -256,6 +262,7 @@ def _gather(walk, eqn, operands):
     rest = [o for o in range(len(shape)) if o not in d.offset_dims]
     places.update({o: (where, j) for o, j in zip(rest, range(len(rest)), strict=True)})
     out = _assemble(walk, eqn, shape, places, value.index)
+    out.wrapped = value.wrapped
     for k, j in batch.items():
         walk.match((value, (k,)), (out, (rest[j],)))
     return [out]
@@ -274,13 +281,15 @@ def _assemble(walk: Walk, eqn, shape, places: dict[int, tuple[Value, int]], inde
     return out
 
 
-@rule("scatter", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "scatter-add", "scatter-mul")
+@rule(
+    "scatter", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "scatter-add", "scatter-mul", "scatter-sub"
+)
 def _scatter(walk, eqn, operands):
     value, where, update = operands
     d = eqn.params["dimension_numbers"]
     batch = dict(zip(d.operand_batching_dims, d.scatter_indices_batching_dims, strict=True))
     window = [k for k in range(len(value.axes)) if k not in d.inserted_window_dims and k not in batch]
-    for k in d.scatter_dims_to_operand_dims:
+    for k in {*d.scatter_dims_to_operand_dims, *d.inserted_window_dims}:
         pin(value.axes[k], eqn)
     out = walk.like(value, eqn)
     for u, k in zip(d.update_window_dims, window, strict=True):

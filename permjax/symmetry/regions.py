@@ -28,7 +28,8 @@ def _scan(walk, eqn, operands):
     for value in stacked:
         unite(value.axes[0], layer, eqn)
     walk.context = (*walk.context, layer)
-    inside = [_enter(walk, v) for v in operands[: consts + carries]]
+    inside = [_enter(walk, v) for v in operands[:consts]]
+    inside += [_carry(walk, v) for v in operands[consts : consts + carries]]
     inside += [_slice_layer(walk, v) for v in stacked]
     outs = walk.run(eqn.params["jaxpr"], (), inside)
     for value in outs:
@@ -40,8 +41,14 @@ def _scan(walk, eqn, operands):
 
 def _enter(walk: Walk, value: Value) -> Value:
     """Return the body's view of a value from outside: the same axes, accompanied by the layer index."""
-    view = walk.value(value.axes)
+    view = _carry(walk, value)
     view.const = value.const
+    return view
+
+
+def _carry(walk: Walk, value: Value) -> Value:
+    """Return the body's view of a carry: the same axes, but what it holds at the start it does not keep."""
+    view = walk.value(value.axes)
     for i in range(len(value.axes)):
         walk.match((value, (i,)), (view, (i,)))
     walk.moved(value, view, range(len(value.axes)))
@@ -89,7 +96,7 @@ def _loop(walk: Walk, outs, ins, eqn) -> None:
 def _while(walk, eqn, operands):
     p = eqn.params
     tests, consts = p["cond_nconsts"], p["body_nconsts"]
-    carry = operands[tests + consts :]
+    carry = [_carry(walk, v) for v in operands[tests + consts :]]
     stopped = walk.run(p["cond_jaxpr"], (), [*operands[:tests], *carry])
     outs = walk.run(p["body_jaxpr"], (), [*operands[tests : tests + consts], *carry])
     for value in (*stopped, *outs):

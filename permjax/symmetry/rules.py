@@ -2,19 +2,22 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from permjax.symmetry import moves, regions  # noqa: F401  (register their rules)
 from permjax.symmetry.factors import Node, pin, split, unite
 from permjax.symmetry.walk import Value, Walk, rule
 
-UNARY = """abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clz conj cos
+UNARY = """abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil clz conj cos
 cosh digamma erf erf_inv erfc exp exp2 expm1 floor imag integer_pow is_finite lgamma log log1p log2 logistic neg not
-one_minus_square polynomial population_count real reduce_precision round rsqrt sign sin sinh sqrt square tan
+one_minus_square population_count real reduce_precision round rsqrt sign sin sinh sqrt square tan
 tanh""".split()
-KEEPING = """convert_element_type copy copy_p device_put name optimization_barrier pcast pvary sharding_constraint
+KEEPING = """copy copy_p device_put name optimization_barrier pcast pvary sharding_constraint
 stop_gradient""".split()
 BINARY = """add add_any atan2 and complex div ge gt igamma igamma_grad_a igammac le lt max min mul ne nextafter or
-polygamma pow regularized_incomplete_beta rem shift_left shift_right_arithmetic shift_right_logical sub xor zeta eq_to
-le_to lt_to""".split()
+polygamma polynomial pow regularized_incomplete_beta rem shift_left shift_right_arithmetic shift_right_logical sub xor
+zeta eq_to le_to lt_to""".split()
 
 
 def _elementwise(walk: Walk, eqn: Any, operands: list[Value], index: Node | None = None) -> Value:
@@ -37,9 +40,32 @@ def _unary(walk, eqn, operands):
     return [walk.like(v, eqn) for v in operands]
 
 
+@rule("bitcast_convert_type")
+def _bitcast(walk, eqn, operands):
+    same = operands[0].shape == eqn.outvars[0].aval.shape
+    return [walk.like(operands[0], eqn)] if same else _give_up(walk, eqn, operands)
+
+
 @rule(*KEEPING, index=True)
 def _keeping(walk, eqn, operands):
     return [walk.keep(value, eqn) for value in operands]
+
+
+def _holds(dtype, size: int) -> bool:
+    """Tell whether a type tells all positions below a size apart."""
+    positions = np.arange(size)
+    return np.array_equal(positions.astype(dtype).astype(complex), positions)
+
+
+@rule("convert_element_type", index=True)
+def _convert(walk, eqn, operands):
+    (value,), dtype = operands, eqn.params["new_dtype"]
+    named = value.wrapped if value.index is None else value.index
+    if named is not None and not _holds(dtype, 2 * named.size):
+        walk.pin_index(value, eqn)
+    out = walk.keep(value, eqn)
+    out.const = None if value.const is None else np.asarray(value.const).astype(dtype)[()]
+    return [out]
 
 
 @rule(*BINARY, index=True)
@@ -231,7 +257,14 @@ def _reduce(walk, eqn, operands):
 @rule("argmax", "argmin")
 def _argmax(walk, eqn, operands):
     axis = int(eqn.params["axes"][0])
+    _no_ties(eqn, operands[0], axis)
     return [_without(walk, eqn, operands[0], (axis,), operands[0].axes[axis])]
+
+
+def _no_ties(eqn, value: Value, axis: int, keys: int = 1) -> None:
+    """Pin an axis whose order decides between equal keys; floating-point keys count as different."""
+    if not any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.invars[:keys]):
+        pin(value.axes[axis], eqn)
 
 
 def _ranked(walk, eqn, value: Value, axis: int, size: int, index: Node | None) -> Value:
@@ -247,18 +280,24 @@ def _top_k(walk, eqn, operands):
     (value,) = operands
     axis = eqn.params.get("axis", len(value.axes) - 1) % len(value.axes)
     k = eqn.params["k"]
+    _no_ties(eqn, value, axis)
     return [_ranked(walk, eqn, value, axis, k, None), _ranked(walk, eqn, value, axis, k, value.axes[axis])]
 
 
 @rule("sort", index=True)
 def _sort(walk, eqn, operands):
     axis, first = eqn.params["dimension"], operands[0]
+    if len(operands) > 1:
+        _no_ties(eqn, first, axis, eqn.params["num_keys"])
     for number, value in enumerate(operands):
         if number < eqn.params["num_keys"]:
             walk.pin_index(value, eqn)
         for i in range(len(first.axes)):
             walk.link(first, i, value, i, eqn)
-    return [_ranked(walk, eqn, v, axis, v.axes[axis].size, v.index) for v in operands]
+    results = [_ranked(walk, eqn, v, axis, v.axes[axis].size, v.index) for v in operands]
+    for value, out in zip(operands, results, strict=True):
+        out.wrapped = value.wrapped
+    return results
 
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
@@ -286,6 +325,8 @@ def _pinning(walk, eqn, value: Value, axes, shape=None) -> Value:
 @rule("reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min")
 def _reduce_window(walk, eqn, operands):
     p, value = eqn.params, operands[0]
+    if len(eqn.outvars) > 1:
+        return _give_up(walk, eqn, operands)
     columns = zip(
         p["window_dimensions"],
         p["window_strides"],

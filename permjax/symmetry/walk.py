@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend.core import Literal
 
@@ -56,7 +57,7 @@ class Equation:
 Rule = Callable[["Walk", Any, list[Value]], Sequence[Value]]
 CALLS = frozenset(
     """jit pjit closed_call core_call call remat remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
-    custom_lin""".split()
+    custom_lin composite""".split()
 )
 REGIONS = CALLS | {"scan", "while", "cond"}
 RULES: dict[str, Rule] = {}
@@ -182,8 +183,10 @@ class Walk:
 
     def constant(self, array: Any) -> Value:
         """Return a closed-over array: pinned along the axes on which its values vary, free along the others."""
-        array = np.asarray(array) if hasattr(array, "shape") or np.isscalar(array) else np.zeros(())
         reason = "a constant that the function closes over"
+        if hasattr(array, "dtype") and jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
+            return self.fresh(array.shape, reason)
+        array = np.asarray(array) if hasattr(array, "shape") or np.isscalar(array) else np.zeros(())
         varies = [n > 1 and bool((array != array.take([0], i)).any()) for i, n in enumerate(array.shape)]
         made = self.value(Node(n, reason=reason if v else None) for n, v in zip(array.shape, varies, strict=True))
         made.const = array[()] if array.ndim == 0 else None

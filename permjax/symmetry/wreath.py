@@ -125,8 +125,8 @@ class Wreath:
         for value in walk.values:
             for atom, spot in self.layouts[id(value)].spots():
                 if atom in wanted:
-                    here = self.beside(value, spot).keys()
-                    self.per[atom] = self.per[atom] & here if atom in self.per else set(here)
+                    here = self.beside(value, spot).keys() - {atom}
+                    self.per[atom] = self.per[atom] & here if atom in self.per else here
 
     def _check(self, equation: Equation) -> None:
         pairs = [pair for link in equation.links for pair in self._pairs(*link)]
