@@ -20,6 +20,9 @@ from jaxtyping import PyTree
 
 _CHUNK = 1 << 20  # elements of a host leaf that are widened to float64 at a time
 
+_KNOWN_NAMES: dict[Any, tuple[str, ...]] = {}  # by tree structure: spelling out paths takes longer than small matmuls
+_KNOWN_LIMIT = 256
+
 
 # names
 
@@ -36,18 +39,23 @@ def flatten(tree: PyTree) -> dict[str, Any]:
         >>> flatten({"a": {"kernel": 1}, "b": [2, 3]})
         {'a/kernel': 1, 'b/0': 2, 'b/1': 3}
     """
-    pairs = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in jax.tree.leaves_with_path(tree)
-    ]
-    named = dict(pairs)
-    if len(named) < len(pairs):
-        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    leaves, structure = jax.tree.flatten(tree)
+    if structure not in _KNOWN_NAMES:
+        if len(_KNOWN_NAMES) >= _KNOWN_LIMIT:
+            _KNOWN_NAMES.clear()
+        _KNOWN_NAMES[structure] = _read_names(tree)
+    return dict(zip(_KNOWN_NAMES[structure], leaves, strict=True))
+
+
+def _read_names(tree: PyTree) -> tuple[str, ...]:
+    found = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
+    if twice := [name for name, count in Counter(found).items() if count > 1]:
         message = (
             f"Several leaves share the name {', '.join(map(repr, twice))}; "
             "rename the keys so that their paths, joined by '/', differ."
         )
         raise ValueError(message)
-    return named
+    return tuple(found)
 
 
 def names(tree: PyTree) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from permjax import tree
-from permjax.io.atomic import staging
+from permjax.files import staging
 from permjax.io.lazy import (
     DTYPES,
     INDEX,
