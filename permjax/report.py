@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from permjax.config import config_hash, to_toml
+from permjax.config import config_hash, to_dict, to_toml
 from permjax.figures import Curve, Figure, draw, rounded
 from permjax.files import atomic_path
 from permjax.io.checkpoint import save_checkpoint
@@ -80,6 +80,8 @@ class Outcome(NamedTuple):
 def write_report(outcome: Outcome, out: Path, config: Any, *, command: str, seconds: float) -> None:
     """Write `model/`, `figures/`, `config.toml`, `report.html` and last `metrics.json`, which marks a complete run.
 
+    A configuration's `model` is written beside the models, as their `config.json`.
+
     Args:
         outcome: what to report.
         out: the folder, made where missing.
@@ -100,6 +102,8 @@ def write_report(outcome: Outcome, out: Path, config: Any, *, command: str, seco
         folder.mkdir(parents=True, exist_ok=True)
     for stem, leaves in outcome.models.items():
         save_checkpoint(out / "model" / f"{stem}.safetensors", leaves)
+    if outcome.models and hasattr(config, "model"):  # so that `align` and `merge` know the architecture
+        _write(out / "model" / "config.json", json.dumps(to_dict(config.model), indent=2).encode())
     for picture in pictures:
         _write(out / "figures" / f"{picture.figure.name}.png", picture.light)
     _write(out / "config.toml", to_toml(config).encode())

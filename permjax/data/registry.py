@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from permjax.data import images
-from permjax.data.dataset import Dataset, MissingData
+from permjax.data.dataset import Dataset
 from permjax.data.digits import digits
 from permjax.data.generated import blobs
 from permjax.tree import nearest
@@ -27,8 +27,8 @@ def load(name: str, root: str | Path | None = None, **options: Any) -> Dataset:
 
     Args:
         name: `digits`, `mnist10k`, `cifar10`, `npz`, `folder` or `blobs`.
-        root: the folder of real data; the environment variable PERMJAX_DATA by default. A relative `path` of `npz`
-            or `folder` starts there too.
+        root: the folder of real data; the environment variable PERMJAX_DATA by default, else `data`. A relative `path`
+            of `npz` or `folder` starts at the first two.
         options: what the reader of that name takes (see `permjax.data.images`, `digits` and `generated`).
 
     Raises:
@@ -50,20 +50,10 @@ def load(name: str, root: str | Path | None = None, **options: Any) -> Dataset:
             raise ValueError(message + f"known are {', '.join(allowed)}.")
     folder = root or os.environ.get("PERMJAX_DATA")
     if "root" in parameters:
-        options["root"] = _existing(name, folder)
+        options["root"] = Path(folder or "data")
     elif "path" in parameters:
         options["path"] = _path(name, folder, options)
     return _LOADERS[name](**options)
-
-
-def _existing(name: str, folder: str | Path | None) -> Path:
-    if not folder:
-        message = (
-            f"The data set {name!r} is real data, and no folder is named that has it; set `data.root` in the "
-            "configuration, or the environment variable PERMJAX_DATA."
-        )
-        raise MissingData(message)
-    return Path(folder)
 
 
 def _path(name: str, folder: str | Path | None, options: dict[str, Any]) -> Path:
