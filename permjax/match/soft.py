@@ -1,9 +1,9 @@
 """Soft permutations: doubly stochastic matrices in place of index arrays, and their action on a model.
 
-A soft permutation of a spec holds, for every group, matrices that say how much of source unit `j` target unit `i` takes.
-A group D per H has one matrix for every pair of a target and a source unit of H, so that changing the order of H does
-not mix up what is known of D: `out[h, d] = sum_{h', d'} X_H[h, h'] X_D[h, h', d, d'] in[h', d']`. The action is linear
-in the matrices of every single place where a group stands.
+A soft permutation of a spec holds matrices for every group: how much of source unit `j` target unit `i` takes. A group
+D per H has one matrix for every pair of a target and a source unit of H, so that changing the order of H does not mix
+up what is known of D: `out[h, d] = sum_{h', d'} X_H[h, h'] X_D[h, h', d, d'] in[h', d']`. The action is linear in the
+matrices of every single place where a group stands.
 """
 
 from collections.abc import Mapping
@@ -110,13 +110,12 @@ def _paired(spec: PermutationSpec, group: str, matrices: Array) -> Array:
 
 def _matched(spec: PermutationSpec, group: str, matrices: np.ndarray, found: Permutations) -> np.ndarray:
     """Keep, of the pairs of outer units, those that are matched: `[*per, n, n]`."""
-    per, axis = spec.group(group).per, 0
-    for position, outer in enumerate(per):
-        axis += 1
+    per = spec.group(group).per
+    for axis, outer in enumerate(per, 1):
         if outer in spec:
             own = (*spec.group(outer).per, outer)
-            rows = found[outer].transpose([own.index(g) for g in per[: position + 1] if g in own])
-            shape = [spec.group(g).size if g in own else 1 for g in per[: position + 1]]
+            rows = found[outer].transpose([own.index(g) for g in per[:axis] if g in own])
+            shape = [spec.group(g).size if g in own else 1 for g in per[:axis]]
             index = rows.reshape([*shape, *[1] * (matrices.ndim - len(shape))])
             matrices = np.take_along_axis(matrices, index, axis=axis).squeeze(axis)
     return matrices
