@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from permjax.config import load_config, to_toml
-from permjax.experiments.rebasin import DataConfig, RebasinConfig, run
+from permjax.experiments.networks import DataConfig
+from permjax.experiments.rebasin import RebasinConfig, run
 from permjax.nets.mlp import MLPConfig
 from permjax.nets.vgg import VGGConfig
 from permjax.train import TrainConfig
