@@ -18,11 +18,23 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from permjax.config import config_hash, to_dict, to_toml
-from permjax.figures import Curve, Figure, draw, rounded
+from permjax.figures import Contour, Curve, Drawing, Figure, Mark, Matrix, draw, rounded
 from permjax.files import atomic_path
 from permjax.io.checkpoint import save_checkpoint
 
-__all__ = ["Curve", "Figure", "Outcome", "Table", "Text", "format_value", "headline", "write_report"]
+__all__ = [
+    "Contour",
+    "Curve",
+    "Figure",
+    "Mark",
+    "Matrix",
+    "Outcome",
+    "Table",
+    "Text",
+    "format_value",
+    "headline",
+    "write_report",
+]
 
 PROVENANCE = ("config_hash", "seed", "versions", "device", "seconds")
 """The keys of metrics.json that say how a run was made."""
@@ -71,7 +83,7 @@ class Outcome(NamedTuple):
     summary: str
     metrics: Mapping[str, float | int | str | bool]
     tables: tuple[Table, ...] = ()
-    figures: tuple[Figure, ...] = ()
+    figures: tuple[Drawing, ...] = ()
     texts: tuple[Text, ...] = ()
     models: Mapping[str, Mapping[str, Any]] = {}
     headline: tuple[str, ...] = ()
@@ -185,7 +197,7 @@ def _device() -> str:
 
 
 class _Picture(NamedTuple):
-    figure: Figure
+    figure: Drawing
     light: bytes
     dark: bytes
 

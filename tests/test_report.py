@@ -16,7 +16,19 @@ from PIL import Image
 import permjax.report
 from permjax.config import config_hash, load_config
 from permjax.io.checkpoint import open_checkpoint
-from permjax.report import PROVENANCE, Curve, Figure, Outcome, Table, Text, format_value, headline, write_report
+from permjax.report import (
+    PROVENANCE,
+    Contour,
+    Curve,
+    Figure,
+    Matrix,
+    Outcome,
+    Table,
+    Text,
+    format_value,
+    headline,
+    write_report,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -125,6 +137,17 @@ def test_an_outcome_of_numbers_alone_is_a_report_too(tmp_path):
     assert not (tmp_path / "figures").exists()
     assert not (tmp_path / "model").exists()
     assert "Title" in (tmp_path / "report.html").read_text()
+
+
+def test_surfaces_and_matrices_stand_in_a_report_with_words_for_those_who_cannot_see_them(tmp_path):
+    edges = np.array([0.0, 1.0, 0.5])
+    surface = Contour("plane", "Plane", "Of three models.", "", "", "test loss", edges, edges**2, edges)
+    matrix = Matrix("pairs", "Pairs", "All pairs.", "model", "other", "barrier", ["a"], ["b", "c"], np.ones((1, 2)))
+    write_report(OUTCOME._replace(figures=(surface, matrix)), tmp_path, Config(), command="permjax", seconds=0.0)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"plane.png", "pairs.png"}
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    texts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert texts == ["Plane: level lines of test loss", "Pairs: barrier by other and model"]
 
 
 def test_numbers_that_json_cannot_hold_become_text(tmp_path):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from permjax import tree
 from permjax.action import permute
+from permjax.lmc.batches import cut, each_batch, over_batches
 from permjax.permutation import random_permutations
 from permjax.symmetry.spec import PermutationSpec
 
@@ -69,9 +70,9 @@ def interpolate(
     _check_line(a, b)
     if points < 2:
         raise ValueError(f"A line needs its two ends, so points must be at least 2, not {points}.")
-    parts, sizes = _cut(data, batch_size)
+    parts, sizes = cut(data, batch_size)
     found = _metrics_along(metrics, a, b, jnp.linspace(0, 1, points), parts)
-    return jax.tree.map(partial(_over_batches, sizes), found)
+    return jax.tree.map(partial(over_batches, sizes), found)
 
 
 def barrier(
@@ -163,10 +164,10 @@ def calibrated_barrier(
     """
     _check_odd(points)
     _check_line(a, b)
-    parts, sizes = _cut(data, batch_size)
-    fitted, _ = _cut(calibration, batch_size)
+    parts, sizes = cut(data, batch_size)
+    fitted, _ = cut(calibration, batch_size)
     loss, accuracy, beta = _calibrated_along(apply, a, b, jnp.linspace(0, 1, points), parts, fitted)
-    found = _barrier(_over_batches(sizes, loss), _over_batches(sizes, accuracy))
+    found = _barrier(over_batches(sizes, loss), over_batches(sizes, accuracy))
     return found._replace(inverse_temperature=np.asarray(beta, np.float64))
 
 
@@ -231,39 +232,9 @@ def _check_odd(points: int) -> None:
         raise ValueError(f"points must be odd and at least 3, so that the grid has a middle, not {points}.")
 
 
-def _cut(data: Sequence[Any], batch_size: int) -> tuple[list[tuple], list[int]]:
-    """Return parts of equal batches, stacked on a new first axis, and the size of every batch in order."""
-    arrays = [jnp.asarray(array) for array in data]
-    lengths = [array.shape[0] if array.ndim else 0 for array in arrays]
-    if len(set(lengths)) != 1 or lengths[0] == 0 or batch_size < 1:
-        raise ValueError(
-            f"data must be arrays of one length above zero, cut into batches of at least one; lengths are {lengths}, "
-            f"batch_size is {batch_size}."
-        )
-    whole, rest = divmod(lengths[0], batch_size)
-    counts = [(whole, batch_size), (int(rest > 0), rest)]
-    starts = [0, whole * batch_size]
-    parts = [
-        tuple(x[start : start + n * size].reshape((n, size, *x.shape[1:])) for x in arrays)
-        for start, (n, size) in zip(starts, counts, strict=True)
-        if n
-    ]
-    return parts, [size for n, size in counts for _ in range(n)]
-
-
-def _over_batches(sizes: Sequence[int], values: Float[Array, "points batches"]) -> Float[np.ndarray, " points"]:
-    return np.average(np.asarray(values, np.float64), axis=1, weights=sizes)
-
-
-def _each_batch(f: Callable[..., Any], parts: Sequence[tuple]) -> Any:
-    """Return `f(*batch)` of every batch, stacked over all batches of all parts."""
-    found = [jax.lax.map(lambda batch: f(*batch), part) for part in parts]
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *found)
-
-
 @partial(jax.jit, static_argnums=0)
 def _metrics_along(metrics: Metrics, a: PyTree, b: PyTree, t: Float[Array, " points"], parts: list[tuple]) -> PyTree:
-    return jax.lax.map(lambda t: _each_batch(partial(metrics, tree.lerp(a, b, t)), parts), t)
+    return jax.lax.map(lambda t: each_batch(partial(metrics, tree.lerp(a, b, t)), parts), t)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -281,7 +252,7 @@ def _calibrated_along(apply, a, b, t, parts, calibration):
             right = jnp.argmax(m, axis=-1) == y.reshape(-1)
             return _cross_entropy(m, beta), jnp.mean(right.astype(m.dtype))
 
-        return *_each_batch(measure, parts), beta
+        return *each_batch(measure, parts), beta
 
     return jax.lax.map(at, t)
 
