@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from permjax.data import images
+from permjax.data import images, text
 from permjax.data.dataset import Dataset
 from permjax.data.digits import digits
 from permjax.data.generated import blobs
@@ -19,17 +19,19 @@ _LOADERS: dict[str, Callable[..., Dataset]] = {
     "npz": images.npz,
     "folder": images.folder,
     "blobs": blobs,
+    "text": text.text,
+    "sentences": text.sentences,
 }
 
 
 def load(name: str, root: str | Path | None = None, **options: Any) -> Dataset:
-    """A data set by name: `digits` and `blobs` need no file, the others real data.
+    """A data set by name: `digits`, `blobs` and `sentences` need no file, the others real data.
 
     Args:
-        name: `digits`, `mnist10k`, `cifar10`, `npz`, `folder` or `blobs`.
+        name: `digits`, `mnist10k`, `cifar10`, `npz`, `folder`, `blobs`, `text` or `sentences`.
         root: the folder of real data; the environment variable PERMJAX_DATA by default, else `data`. A relative `path`
-            of `npz` or `folder` starts at the first two.
-        options: what the reader of that name takes (see `permjax.data.images`, `digits` and `generated`).
+            of `npz`, `folder` or `text` starts at the first two.
+        options: what the reader of that name takes (see `permjax.data.images`, `digits`, `generated` and `text`).
 
     Raises:
         MissingData: a file is not there; says which, what it is, and which setting names its folder.
