@@ -36,6 +36,7 @@ class MergeState:
         models: pytrees with the spec's leaves; the first is the anchor.
         plan: the plan that a matching step found, if any.
         data: batches as a re-iterable (a list or a loader), as `apply` takes them.
+        labelled: batches as `loss` takes them, to be fitted.
         eval_data: batches kept for measuring.
         apply: `apply(params, *inputs) -> outputs`.
         loss: `loss(params, batch) -> scalar`.
@@ -48,6 +49,7 @@ class MergeState:
     key: jax.Array
     plan: Plan | None = None
     data: Iterable | None = None
+    labelled: Iterable | None = None
     eval_data: Iterable | None = None
     apply: Callable | None = None
     loss: Callable | None = None
@@ -61,7 +63,7 @@ class MergeState:
             spec: the symmetry of the models.
             models: two or more pytrees.
             key: random key.
-            rest: `data`, `eval_data`, `apply`, `loss` for the steps that need them.
+            rest: `data`, `labelled`, `eval_data`, `apply`, `loss` for the steps that need them.
         """
         return cls(spec, tuple(models), key, **rest)
 

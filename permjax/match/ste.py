@@ -143,8 +143,8 @@ class SteMatching:
     solver: str = "scipy"
 
     def __call__(self, state: MergeState) -> MergeState:
-        """Return the state with aligned models, the plan and a `SteInfo`; needs `loss`, and `data` as it takes them."""
-        loss, data = (state.need(name, "SteMatching") for name in ("loss", "data"))
+        """Return the state with aligned models, the plan and a `SteInfo`; needs `loss` and `labelled`."""
+        loss, data = (state.need(name, "SteMatching") for name in ("loss", "labelled"))
         state, key = state.split()
         return state.after(ste_matching(state.spec, state.models, loss=loss, data=data, key=key, **vars(self)))
 

@@ -225,14 +225,14 @@ def test_half_precision_models_keep_their_dtype(spec, models, latent):
 
 
 def test_the_step_does_what_the_function_does(spec, models):
-    state = MergeState.create(spec, models, key=jax.random.key(3), loss=loss, data=draw_batches())
+    state = MergeState.create(spec, models, key=jax.random.key(3), loss=loss, labelled=draw_batches())
     after = SteMatching("weights", steps=2)(state)
     _, key = state.split()
     expected = match(spec, models, key=key, latent="weights", steps=2)
     assert isinstance(after.plan, Plan)
     for group, rows in expected.plan.permutations(2).items():
         np.testing.assert_array_equal(after.plan.permutations(2)[group], rows)
-    for name in ("loss", "data"):
+    for name in ("loss", "labelled"):
         with pytest.raises(ValueError, match=f"SteMatching needs `{name}`"):
             SteMatching()(dataclasses.replace(state, **{name: None}))
 
