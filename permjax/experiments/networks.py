@@ -19,6 +19,7 @@ from permjax.nets.mlp import MLPConfig
 from permjax.nets.resnet import ResNetConfig
 from permjax.nets.vgg import VGGConfig
 from permjax.nets.vit import ViTConfig
+from permjax.report import Outcome
 from permjax.train import TrainConfig, accuracy, cross_entropy, train
 
 Normalisation = Literal["none", "repair", "statistics", "auto"]
@@ -132,3 +133,19 @@ def resolved(normalisation: Normalisation, model: Any) -> Normalisation:
     if normalisation != "auto":
         return normalisation
     return "statistics" if getattr(model, "norm", "none") == "batch" else "none"
+
+
+def joined(found: dict[str, Outcome]) -> Outcome:
+    """Return the outcomes of several variants as one."""
+    first = next(iter(found.values()))
+    tables = [t._replace(title=f"{t.title}, {label}") for label, o in found.items() for t in o.tables]
+    figures = [(label, f) for label, o in found.items() for f in o.figures]
+    return Outcome(
+        title=first.title,
+        summary=" ".join(f"{label}: {o.summary}" for label, o in found.items()),
+        metrics={f"{k}_{label}": v for label, o in found.items() for k, v in o.metrics.items()},
+        tables=tuple(tables),
+        figures=tuple(f._replace(name=f"{f.name}_{label}", title=f"{f.title}, {label}") for label, f in figures),
+        texts=first.texts,
+        models={f"{stem}_{label}": leaves for label, o in found.items() for stem, leaves in o.models.items()},
+    )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from permjax.data.dataset import Dataset
 from permjax.experiments.networks import (
     NetworksConfig,
+    joined,
     labelled_batches,
     load_data,
     resolved,
@@ -81,23 +82,7 @@ def run(config: RebasinConfig, out: Path, progress: Any) -> Outcome:
     variants = list(_variants(config))
     if len(variants) == 1:
         return _run_one(variants[0][1], out, progress)
-    return _joined({label: _run_one(one, out / "state" / label, progress) for label, one in variants})
-
-
-def _joined(found: dict[str, Outcome]) -> Outcome:
-    """Return the outcomes of several variants as one."""
-    first = next(iter(found.values()))
-    tables = [t._replace(title=f"{t.title}, {label}") for label, o in found.items() for t in o.tables]
-    figures = [(label, f) for label, o in found.items() for f in o.figures]
-    return Outcome(
-        title=first.title,
-        summary=" ".join(f"{label}: {o.summary}" for label, o in found.items()),
-        metrics={f"{k}_{label}": v for label, o in found.items() for k, v in o.metrics.items()},
-        tables=tuple(tables),
-        figures=tuple(f._replace(name=f"{f.name}_{label}", title=f"{f.title}, {label}") for label, f in figures),
-        texts=first.texts,
-        models={f"{stem}_{label}": leaves for label, o in found.items() for stem, leaves in o.models.items()},
-    )
+    return joined({label: _run_one(one, out / "state" / label, progress) for label, one in variants})
 
 
 def _variants(config: RebasinConfig) -> Iterator[tuple[str, RebasinConfig]]:

@@ -8,7 +8,11 @@ from typing import Any, NamedTuple
 from permjax.experiments.progress import Progress
 from permjax.report import Outcome
 
-_MODULES = {"rebasin": "permjax.experiments.rebasin", "lmc_gpt": "permjax.experiments.lmc_gpt"}
+_MODULES = {
+    "rebasin": "permjax.experiments.rebasin",
+    "lmc": "permjax.experiments.lmc",
+    "lmc_gpt": "permjax.experiments.lmc_gpt",
+}
 
 
 class Experiment(NamedTuple):
