@@ -10,7 +10,7 @@ import numpy as np
 from permjax.match.assignment import solve
 from permjax.match.costs import Term
 from permjax.match.nested import Label, Named, Nest, assigned, total
-from permjax.match.problem import Problem, State, audited, exceeds, moved
+from permjax.match.problem import Problem, State, audited, exceeds, fixed, lying, moved
 from permjax.permutation import identity
 
 
@@ -35,17 +35,18 @@ def ascend(
         max_sweeps: upper limit.
         grow: whether the first sweep builds a start of its own, kept if it is better than the given one.
     """
+    nest = Nest(problem.structure.per, partial(solve, solver=problem.solver))
     objective, dirty, solves, skipped = [state.objective], frozenset(problem.structure.terms), 0, 0
     for sweep in range(max_sweeps):
         if sweep == 0 and grow:
-            state, dirty = _grown(problem, state)
+            state, dirty = _grown(problem, nest, state)
             solves += len(problem.structure.order)
         else:
             order = problem.structure.order if sweep == 0 else rng.permutation(problem.structure.order).tolist()
             for root in order:
                 solves, skipped = solves + (root in dirty), skipped + (root not in dirty)
                 if root in dirty:
-                    state, moved_on = improved(problem, state, root)
+                    state, moved_on = improved(problem, nest, state, root)
                     dirty = dirty - {root} | (problem.structure.near[root] if moved_on else frozenset())
         objective.append(state.objective)
         if not dirty:
@@ -53,14 +54,14 @@ def ascend(
     return state, Trace(objective, not dirty, solves, skipped)
 
 
-def improved(problem: Problem, state: State, root: str) -> tuple[State, bool]:
+def improved(problem: Problem, nest: Nest, state: State, root: str) -> tuple[State, bool]:
     """Return the state after the best move of one group, and whether the objective grew.
 
     Where a group stands twice in a block, the assignment is the best one of the linearised objective and may fail;
     then the best swap of two units is tried, whose gain is known exactly.
     """
-    kernels = _kernels(problem, state, problem.structure.terms[root])
-    moves = [lambda: assigned(_nest(problem, root), kernels, root)]
+    kernels = _kernels(problem, state, root, problem.structure.terms[root])
+    moves = [lambda: assigned(nest, kernels, root)]
     if root in problem.structure.near[root] and all(len(term.free) == 1 for term in problem.structure.terms[root]):
         moves.append(lambda: _swapped(problem, state, kernels, root))
     for find in moves:
@@ -71,7 +72,7 @@ def improved(problem: Problem, state: State, root: str) -> tuple[State, bool]:
     return state, False
 
 
-def _grown(problem: Problem, state: State) -> tuple[State, frozenset[str]]:
+def _grown(problem: Problem, nest: Nest, state: State) -> tuple[State, frozenset[str]]:
     """Place one group after the other, each by the terms that depend on placed groups only.
 
     Returns:
@@ -82,8 +83,8 @@ def _grown(problem: Problem, state: State) -> tuple[State, frozenset[str]]:
         known = [t for t in problem.structure.terms[root] if t.held <= placed]
         if len(known) < len(problem.structure.terms[root]):
             unsure.add(root)
-        kernels = _kernels(problem, grown, known or problem.structure.terms[root])
-        grown = moved(problem, grown, assigned(_nest(problem, root), kernels, root))
+        kernels = _kernels(problem, grown, root, known or problem.structure.terms[root])
+        grown = moved(problem, grown, assigned(nest, kernels, root))
         placed |= {root}
     grown = audited(problem, grown)
     if exceeds(grown, state):
@@ -91,21 +92,50 @@ def _grown(problem: Problem, state: State) -> tuple[State, frozenset[str]]:
     return state, frozenset(problem.structure.terms)
 
 
-def _kernels(problem: Problem, state: State, terms: Sequence[Term]) -> list[Named]:
-    """The Gram matrices of some terms, added up where they have the same axes."""
+def _kernels(problem: Problem, state: State, root: str, terms: Sequence[Term]) -> list[Named]:
+    """The Gram matrices of some terms of a root in the current order, added up where they have the same axes.
+
+    Terms that depend on no other group are computed once, and the permutations of free axes are left to the sums.
+    """
+    if root not in state.lasting:
+        state.lasting[root] = _sums(problem, state, [t for t in problem.structure.terms[root] if not t.held])
+    together = _sums(problem, state, [t for t in terms if t.apart and t.held], state.lasting[root])
+    found = [_placed(problem, state, kernel) for kernel in together]
+    return found + _sums(problem, state, [t for t in terms if not t.apart])
+
+
+def _sums(problem: Problem, state: State, terms: Sequence[Term], more: Sequence[Named] = ()) -> list[Named]:
+    """The sums of the terms' Gram matrices, and of those that are there already, by their axes."""
     found: dict[tuple[Label, ...], Any] = {}
     for term in terms:
         names = problem.structure.blocks[term.block].names
-        batch = sorted(term.batch, key=names.__getitem__)
-        free = sorted(term.free, key=names.__getitem__)
-        values = problem.arithmetic.gram(problem.anchor[term.block], state.other[term.block], tuple(batch), tuple(free))
+        batch = tuple(sorted(term.batch, key=names.__getitem__))
+        free = tuple(sorted(term.free, key=names.__getitem__))
+        other = lying(problem, state, term.block, free if term.apart else ())
         labels = (*((names[i], 0) for i in batch), *((names[i], side) for side in (0, 1) for i in free))
-        found[labels] = found[labels] + values if labels in found else values
+        _accumulate(found, labels, problem.arithmetic.gram(fixed(problem, term.block), other, batch, free))
+    for kernel in more:
+        _accumulate(found, *kernel)
     return [Named(labels, values) for labels, values in found.items()]
 
 
-def _nest(problem: Problem, root: str) -> Nest:
-    return Nest(problem.structure.per, partial(solve, solver=problem.solver, what=f"the cost of group '{root}'"))
+def _accumulate(found: dict[tuple[Label, ...], Any], labels: tuple[Label, ...], values: Any) -> None:
+    """Add an array to the one with the same axes, in place where the host allows."""
+    if labels in found:
+        found[labels] += values
+    else:
+        found[labels] = values
+
+
+def _placed(problem: Problem, state: State, kernel: Named) -> Named:
+    """Bring the other model's units of a kernel into their current order."""
+    labels, per = kernel.labels, problem.structure.per
+    rows = tuple(state.permutations.get(name) if side else None for name, side in labels)
+    if all(row is None for row in rows):
+        return kernel
+    outer = [[(g, 1) if side and (g, 1) in labels else (g, 0) for g in per.get(name, ())] for name, side in labels]
+    axes = tuple(tuple(labels.index(label) for label in found if label in labels) for found in outer)
+    return Named(labels, problem.arithmetic.gather(axes, rows, kernel.values))
 
 
 def _swapped(problem: Problem, state: State, kernels: list[Named], root: str) -> dict[str, np.ndarray]:
@@ -117,7 +147,7 @@ def _swapped(problem: Problem, state: State, kernels: list[Named], root: str) ->
     for one, two in combinations(problem.structure.terms[root], 2):
         if one.block == two.block:
             batch, pair = one.batch, (*one.free, *two.free)
-            bend = problem.arithmetic.bend(problem.anchor[one.block], state.other[one.block], batch, pair)
+            bend = problem.arithmetic.bend(fixed(problem, one.block), lying(problem, state, one.block), batch, pair)
             names = problem.structure.blocks[one.block].names
             gain = gain + total(Named((*((names[i], 0) for i in batch), *labels[-2:]), np.asarray(bend)), labels)
     *where, i, j = np.unravel_index(np.argmax(gain), gain.shape)

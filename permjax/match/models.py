@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from permjax import tree
-from permjax.action import permute
+from permjax.action import permute_leaf
+from permjax.permutation import validate
 from permjax.symmetry.spec import PermutationSpec
 
 
@@ -31,21 +32,29 @@ def are_local(models: tuple) -> bool:
 
 
 def entries(model: Any, what: str, local: bool) -> dict[str, Any]:
-    """Return the named leaves where they are worked on; JAX arrays of the CPU are viewed as NumPy, not copied.
+    """Return the named leaves where they are worked on: views of JAX arrays of the CPU, lazy leaves as they are.
 
     Raises:
         ValueError: names a leaf that is not finite.
     """
-    found = {name: np.asarray(leaf) if local else jnp.asarray(leaf) for name, leaf in tree.flatten(model).items()}
+    found = {name: _hosted(leaf) if local else jnp.asarray(leaf) for name, leaf in tree.flatten(model).items()}
     tree.check_finite(found, what)
     return found
 
 
 def reordered(spec: PermutationSpec, permutations: Mapping[str, Any], model: Any, found: Mapping[str, Any]) -> Any:
-    """Return the permuted model, made from its `entries`; leaves that were JAX arrays are so again, in their place."""
-    permuted = permute(spec, permutations, dict(found))
+    """Return the permuted model, made leaf by leaf from its `entries`; JAX leaves are so again, in their place."""
+    validate(spec, permutations)
 
-    def place(name: str, leaf: Any) -> Any:
-        return jax.device_put(permuted[name], leaf.sharding) if isinstance(leaf, jax.Array) else permuted[name]
+    def permuted(name: str, leaf: Any) -> Any:
+        value = found[name] if isinstance(found[name], jax.Array) else np.asarray(found[name])
+        value = permute_leaf(spec, spec.leaf(name), permutations, value)
+        return jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
 
-    return tree.map_named(place, model)
+    return tree.map_named(permuted, model)
+
+
+def _hosted(leaf: Any) -> Any:
+    """The leaf itself if it lies in a file, to be read whenever it is needed, else a view as a NumPy array."""
+    lies_elsewhere = hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, jax.Array)
+    return leaf if lies_elsewhere else np.asarray(leaf)

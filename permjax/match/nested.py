@@ -31,11 +31,11 @@ class Nest(NamedTuple):
 
     Attributes:
         per: group -> the groups that index it.
-        assign: costs `[..., n, n]` -> assignments `[..., n]`.
+        assign: `assign(costs [..., n, n], what=...) -> assignments [..., n]`; `what` names the group.
     """
 
     per: Mapping[str, tuple[str, ...]]
-    assign: Callable[[Any], Any]
+    assign: Callable[..., Any]
 
 
 def solve_nested(nest: Nest, kernels: Sequence[Named], group: str, lifted: tuple[str, ...] = ()) -> dict[str, Named]:
@@ -51,7 +51,7 @@ def solve_nested(nest: Nest, kernels: Sequence[Named], group: str, lifted: tuple
     if inside:
         rows, value = _solve_forest(nest, inside, labels, (*lifted, group))
         scores.append(value)
-    own = Named(labels[:-1], nest.assign(reduce(add, scores)))
+    own = Named(labels[:-1], nest.assign(reduce(add, scores), what=f"the cost of group '{group}'"))
     return {group: own} | {name: pick(row, group, own) for name, row in rows.items()}
 
 

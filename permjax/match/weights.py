@@ -62,7 +62,7 @@ def weight_matching(
     Args:
         spec: the symmetry.
         models: two or more pytrees; the first is the anchor. NumPy and CPU leaves are handled in NumPy, without
-            compilation; leaves on an accelerator stay there.
+            compilation and without wider copies; lazy ones are read leaf by leaf; leaves on an accelerator stay there.
         key: draws the order of the groups from the second sweep on, and the restarts.
         solver: name of an assignment solver, or a function; see `permjax.match.assignment.solve`.
         max_sweeps: upper limit for every run.
@@ -97,8 +97,8 @@ def weight_matching(
         rng = np.random.default_rng([index, *seed])
         before = start(problem, other)
         after, traces = _align(problem, before, rng, first, max_sweeps, restarts)
-        aligned.append(reordered(spec, after.permutations, model, other))
-        permutations.append(after.permutations)
+        permutations.append(identity(spec) | after.permutations)
+        aligned.append(reordered(spec, permutations[-1], model, other))
         records.append(_Record(distance(problem, before), distance(problem, after), traces))
     return Result(tuple(aligned), Plan.from_permutations(spec, permutations), _info(records))
 
@@ -124,7 +124,7 @@ def _align(
     """Return the best state found, and the traces of all runs, the best one first."""
     runs = []
     for run in range(restarts):
-        begin = init if run == 0 else {g: rng.permuted(p, axis=-1) for g, p in state.permutations.items()}
+        begin = init if run == 0 else {g: rng.permuted(p, axis=-1) for g, p in identity(problem.spec).items()}
         first = state if begin is None else audited(problem, moved(problem, state, begin))
         found = ascend(problem, first, rng, max_sweeps, grow=begin is None)
         runs.insert(0 if not runs or exceeds(found[0], runs[0][0]) else len(runs), found)

@@ -4,10 +4,11 @@ Products are reshaped, sums are cut. Every axis of a block is then one group, or
 matrices and its samples are ordinary array operations.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, product
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -15,6 +16,20 @@ from permjax.permutation import namespace
 from permjax.symmetry.spec import Axis, Fixed, Leaf, Of, PermutationSpec, Product, Sum
 
 Pick: TypeAlias = range | tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """All of a block but its names, so that blocks of one kind share what is compiled for them.
+
+    Attributes:
+        picks: for every axis of the leaf, the positions that belong to the block.
+        shape: sizes of the unfolded axes.
+        outer: for every unfolded axis, the axes of the groups that its group is per.
+    """
+
+    picks: tuple[Pick, ...]
+    shape: tuple[int, ...]
+    outer: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,15 @@ class Block:
     names: tuple[str, ...]
     beside: tuple[tuple[tuple[str, int], ...], ...]
 
+    @cached_property
+    def layout(self) -> Layout:
+        """The block without its names."""
+        return Layout(self.picks, self.shape, tuple(tuple(i for _, i in beside) for beside in self.beside))
+
+    def rows(self, permutations: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return the permutation of every unfolded axis, None where there is none."""
+        return tuple(permutations.get(name) for name in self.names)
+
 
 def unfold(spec: PermutationSpec, leaves: tuple[str, ...]) -> tuple[Block, ...]:
     """Return the blocks of the named leaves, which cover every entry once."""
@@ -43,27 +67,45 @@ def unfold(spec: PermutationSpec, leaves: tuple[str, ...]) -> tuple[Block, ...]:
 
 def extract(block: Block, value: Any) -> Any:
     """Return the entries of a block, in float32 or wider; a view of the leaf where possible."""
-    xp = namespace(value)
-    for axis, pick in enumerate(block.picks):
-        if isinstance(pick, range):
+    value = view(block.layout, value)
+    return value.astype(np.result_type(np.float32, value.dtype), copy=False)
+
+
+def view(layout: Layout, value: Any) -> Any:
+    """Return the entries of a block as they are stored; a view of the leaf where possible."""
+    if value.shape == layout.shape:  # the block is the leaf
+        return value
+    for axis, pick in enumerate(layout.picks):
+        if not isinstance(pick, range):
+            value = value.take(np.asarray(pick, np.int32), axis=axis)
+        elif len(pick) < value.shape[axis]:
             value = value[(slice(None),) * axis + (slice(pick.start, pick.stop),)]
-        else:
-            value = xp.take(value, np.asarray(pick, np.int32), axis=axis)
-    return value.reshape(block.shape).astype(np.result_type(np.float32, value.dtype), copy=False)
+    return value.reshape(layout.shape)
 
 
 def move(block: Block, permutations: Mapping[str, Any], value: Any) -> Any:
     """Permute a block: outer groups first, then the groups that they index."""
-    xp = namespace(value)
-    axes = [i for i, name in enumerate(block.names) if name in permutations]
-    for axis in sorted(axes, key=lambda i: len(block.beside[i])):
-        rows, places = permutations[block.names[axis]], [i for _, i in block.beside[axis]] + [axis]
-        if not block.beside[axis]:
-            value = xp.take(value, rows, axis=axis)
+    return gather(block.layout.outer, block.rows(permutations), value)
+
+
+def gather(outer: Sequence[tuple[int, ...]], rows: Sequence[Any], value: Any) -> Any:
+    """Permute an array: outer axes first, then those that they index.
+
+    Args:
+        outer: for every axis, the axes that index its permutation.
+        rows: for every axis, its permutation `[*outer, n]`, or None where it stays.
+        value: the array.
+    """
+    axes = [i for i, row in enumerate(rows) if row is not None]
+    for axis in sorted(axes, key=lambda i: len(outer[i])) if len(axes) > 1 else axes:
+        if not outer[axis]:
+            value = value.take(rows[axis], axis=axis)
             continue
+        places = [*outer[axis], axis]
         order = sorted(range(len(places)), key=places.__getitem__)
-        shape = [n if i in places else 1 for i, n in enumerate(block.shape)]
-        value = xp.take_along_axis(value, rows.transpose(order).reshape(shape), axis=axis)
+        shape = [n if i in places else 1 for i, n in enumerate(value.shape)]
+        index = rows[axis].transpose(order).reshape(shape)
+        value = namespace(value, index).take_along_axis(value, index, axis=axis)
     return value
 
 

@@ -1,11 +1,14 @@
 """Gram matrices of blocks: each is the objective's slope in one place of a group."""
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
-from permjax.match.costs import bend, gram, growth, inner, is_root, roots, terms
+from permjax.match import costs
+from permjax.match.costs import bend, gap, gram, growth, inner, is_root, roots, terms
 from permjax.symmetry.blocks import extract, move, unfold
+from permjax.symmetry.spec import PermutationSpec
 
 pytestmark = pytest.mark.fast
 
@@ -26,6 +29,38 @@ def test_a_gram_matrix_pairs_free_axes_and_keeps_batch_axes():
     np.testing.assert_allclose(gram(a, b, (), (2,)), np.einsum("abic,abjc->ij", a, b), rtol=1e-4, atol=1e-4)
     expected = np.einsum("aibj,aIbJ->bijIJ", a, b)
     np.testing.assert_allclose(gram(a, b, (2,), (1, 3)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "free"), [((), (0,)), ((), (1,)), ((), (2,)), ((0,), (2,)), ((2,), (0, 1)), ((), (0, 2))]
+)
+def test_a_gram_matrix_does_not_depend_on_how_a_block_is_cut_or_laid_out(batch, free, dtype, monkeypatch):
+    a, b = (draw((4, 5, 6), seed).astype(dtype) for seed in (1, 2))
+    letters, other = "abc", "".join("abcABC"[3 + i if i in free else i] for i in range(3))
+    out = "".join("abc"[i] for i in (*batch, *free)) + "".join("ABC"[i] for i in free)
+    expected = np.einsum(f"{letters},{other}->{out}", a.astype(np.float64), b.astype(np.float64))
+    whole = gram(a, b, batch, free)
+    monkeypatch.setattr(costs, "_SLAB", 1)
+    assert whole.dtype == np.float32
+    np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gram(a, b, batch, free), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gap_is_the_squared_distance():
+    a, b = draw((3, 5000), 1), draw((3, 5000), 2)
+    expected = float(np.square(a.astype(np.float64) - b).sum())
+    assert gap(a, b) == pytest.approx(expected, rel=1e-12)
+    assert gap(a, a) == 0
+    with jax.enable_x64(True):
+        assert float(gap(jax.numpy.asarray(a), jax.numpy.asarray(b))) == pytest.approx(expected, rel=1e-12)
+
+
+def test_terms_tell_whether_what_is_held_lies_beside_what_is_free():
+    axes = {"square": ("head", "in", "in"), "map": ("head", "in", None)}
+    spec = PermutationSpec.from_axes({"square": (2, 3, 3), "map": (2, 3, 4)}, axes, per={"in": ("head",)})
+    blocks = unfold(spec, ("square", "map"))
+    assert [(t.block, t.apart) for t in terms(spec, blocks, "head")] == [(0, False), (0, False), (1, True)]
 
 
 def test_the_trace_of_every_gram_matrix_is_the_inner_product(network, draw_params):

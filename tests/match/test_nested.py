@@ -113,6 +113,18 @@ def test_held_groups_are_solved_side_by_side():
     np.testing.assert_array_equal(rows["x"].values, solve(values))
 
 
+def test_an_assignment_is_told_its_group():
+    told = []
+
+    def assign(cost, what):
+        told.append((what, cost.shape))
+        return solve(cost, what=what)
+
+    kernels = [Named((H(0), D(0), H(1), D(1)), draw((3, 2, 3, 2), 0))]
+    solve_nested(NEST._replace(assign=assign), kernels, "head")
+    assert told == [("the cost of group 'in'", (3, 3, 2, 2)), ("the cost of group 'head'", (3, 3))]
+
+
 def test_what_only_ties_with_staying_is_not_a_move():
     assert assigned(NEST, [Named((H(0), H(1)), np.zeros((3, 3), np.float32))], "head") == {}
     assert assigned(NEST, [Named((H(0), H(1)), np.eye(3, dtype=np.float32))], "head") == {}

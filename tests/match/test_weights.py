@@ -191,9 +191,10 @@ def test_optax_attains_what_scipy_attains(write_chain, draw_params):
     assert one == pytest.approx(two, rel=1e-6)
 
 
-def test_the_work_on_a_device_gives_the_same_result(write_recurrent, draw_params, monkeypatch):
-    spec = write_recurrent(5)
-    a, b = draw_params(spec, 1), draw_params(spec, 2)
+@pytest.mark.parametrize(("name", "dtype"), [("recurrent", np.float32), ("perceptron", ml_dtypes.bfloat16)])
+def test_the_work_on_a_device_gives_the_same_result(networks, name, dtype, draw_params, monkeypatch):
+    spec = networks[name]
+    a, b = ({n: leaf.astype(dtype) for n, leaf in draw_params(spec, seed).items()} for seed in (1, 2))
     host = match(spec, a, b, restarts=2)
     monkeypatch.setattr(weights, "are_local", lambda _: False)
     device = match(spec, a, b, restarts=2)
@@ -253,6 +254,16 @@ def test_other_precisions_are_matched_and_kept(networks, plant, dtype):
     result = match(spec, a, b)
     assert_same_permutations(result.plan.permutations(1), truth)
     assert all(leaf.dtype == dtype for leaf in result.models[1].values())
+
+
+def test_square_maps_inside_heads_are_matched(draw_params, plant, objective):
+    axes = {"square": ("head", "in", "in"), "map": ("head", "in", None)}
+    spec = PermutationSpec.from_axes({"square": (3, 4, 4), "map": (3, 4, 5)}, axes, per={"in": ("head",)})
+    a, b, truth = plant(spec, 1, noise=0.1)
+    assert_same_permutations(match(spec, a, b).plan.permutations(1), truth)
+    result = match(spec, a, draw_params(spec, 9))
+    assert (np.diff(result.info.objective) >= 0).all()
+    assert result.info.objective[0, -1] == pytest.approx(objective(spec, a, result.models[1]), rel=1e-12)
 
 
 def test_jax_leaves_come_back_as_jax_leaves(networks, plant):
