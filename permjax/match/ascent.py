@@ -60,7 +60,7 @@ def improved(problem: Problem, nest: Nest, state: State, root: str) -> tuple[Sta
     Where a group stands twice in a block, the assignment is the best one of the linearised objective and may fail;
     then the best swap of two units is tried, whose gain is known exactly.
     """
-    kernels = _kernels(problem, state, root, problem.structure.terms[root])
+    kernels = kernels_of(problem, state, root, problem.structure.terms[root])
     moves = [lambda: assigned(nest, kernels, root)]
     if root in problem.structure.near[root] and all(len(term.free) == 1 for term in problem.structure.terms[root]):
         moves.append(lambda: _swapped(problem, state, kernels, root))
@@ -83,7 +83,7 @@ def _grown(problem: Problem, nest: Nest, state: State) -> tuple[State, frozenset
         known = [t for t in problem.structure.terms[root] if t.held <= placed]
         if len(known) < len(problem.structure.terms[root]):
             unsure.add(root)
-        kernels = _kernels(problem, grown, root, known or problem.structure.terms[root])
+        kernels = kernels_of(problem, grown, root, known or problem.structure.terms[root])
         grown = moved(problem, grown, assigned(nest, kernels, root))
         placed |= {root}
     grown = audited(problem, grown)
@@ -92,8 +92,8 @@ def _grown(problem: Problem, nest: Nest, state: State) -> tuple[State, frozenset
     return state, frozenset(problem.structure.terms)
 
 
-def _kernels(problem: Problem, state: State, root: str, terms: Sequence[Term]) -> list[Named]:
-    """The Gram matrices of some terms of a root in the current order, added up where they have the same axes.
+def kernels_of(problem: Problem, state: State, root: str, terms: Sequence[Term]) -> list[Named]:
+    """Return the Gram matrices of some terms of a root in the current order, added up where they have the same axes.
 
     Terms that depend on no other group are computed once, and the permutations of free axes are left to the sums.
     """
@@ -105,7 +105,7 @@ def _kernels(problem: Problem, state: State, root: str, terms: Sequence[Term]) -
 
 
 def _sums(problem: Problem, state: State, terms: Sequence[Term], more: Sequence[Named] = ()) -> list[Named]:
-    """The sums of the terms' Gram matrices, and of those that are there already, by their axes."""
+    """Return the sums of the terms' Gram matrices, and of those that are there already, by their axes."""
     found: dict[tuple[Label, ...], Any] = {}
     for term in terms:
         names = problem.structure.blocks[term.block].names

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from permjax.match.costs import growth
-from permjax.permutation import namespace
+from permjax.permutation import is_traced, namespace
 
 Label: TypeAlias = tuple[str, int]
 _ROUNDS = 10  # upper limit for groups that are solved in turn
+_TRACED_ROUNDS = 3  # all of them are made, because under a trace nothing tells when to stop
 _RTOL = 1e-6  # smallest relative gain that float32 kernels can tell from none
 
 
@@ -126,10 +127,12 @@ def _solve_forest(
     parts = [(k.values.size, frozenset().union(*(tops[g] for g in _free(k) & names))) for k in kernels]
     coupled = any(len(groups) > 1 for _, groups in parts)
     identity = {g: Named(((g, 0),), np.arange(_size(kernels, g), dtype=np.int32)) for g in names}
+    traced = is_traced(*(k.values for k in kernels))
+    rounds = _TRACED_ROUNDS if traced else _ROUNDS
 
     def alternate(placed: frozenset[str]) -> tuple[dict[str, Named], Any]:
         rows, value = dict(identity), None
-        for _ in range(_ROUNDS if coupled else 1):
+        for _ in range(rounds if coupled else 1):
             for top in growth(parts):
                 own = frozenset(name for name in names if top in tops[name])
                 seen = [(k, groups) for k, (_, groups) in zip(kernels, parts, strict=True) if top in groups]
@@ -137,7 +140,9 @@ def _solve_forest(
                 rows |= solve_nested(nest, [settle(nest, k, rows, own) for k in known], top, lifted)
                 placed |= {top}
             before, value = value, attained(nest, kernels, rows, outer)
-            if before is not None and not bool((value > before + _RTOL * abs(before)).any()):
+            if before is None or traced:
+                continue
+            if not bool((value > before + _RTOL * abs(before)).any()):
                 break
         return rows, value
 

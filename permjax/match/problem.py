@@ -119,7 +119,7 @@ class State:
 
     other: tuple[Any, ...]
     values: np.ndarray
-    permutations: dict[str, np.ndarray]
+    permutations: dict[str, Any]
     mass: float
     lasting: dict[str, list[Named]]
 
@@ -148,13 +148,13 @@ def pose(
     """Return the problem of aligning other models to the anchor over the named leaves."""
     np.empty(_LESSON, np.uint8)  # once freed, later pieces up to this size are kept for reuse, not faulted in anew
     known = structure(spec, leaves)
-    found = _leaves(known, anchor)
+    found = leaves_of(known, anchor)
     return Problem(spec, known, found, _mass(known, arithmetic, found), arithmetic, solver)
 
 
 def start(problem: Problem, other: Mapping[str, Any]) -> State:
     """Return the state of another model in its own order."""
-    found = _leaves(problem.structure, other)
+    found = leaves_of(problem.structure, other)
     mass = problem.mass + _mass(problem.structure, problem.arithmetic, found)
     return audited(problem, State(found, np.full(len(found), np.nan), {}, mass, {}))
 
@@ -230,7 +230,7 @@ def _joined(alike: tuple[Block, ...]) -> Block:
     return replace(first, picks=tuple(map(range, shape)), shape=shape, names=names, beside=beside)
 
 
-def _leaves(known: Structure, leaves: Mapping[str, Any]) -> tuple[Any, ...]:
+def leaves_of(known: Structure, leaves: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the leaf from which each block is read; vectors that lie side by side are put together here."""
     return tuple(leaves[alike[0].leaf] if len(alike) == 1 else _stacked(alike, leaves) for alike in known.parts)
 

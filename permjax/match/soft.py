@@ -34,7 +34,7 @@ def soft_shape(spec: PermutationSpec, group: str) -> tuple[int, ...]:
 def from_permutations(spec: PermutationSpec, permutations: Mapping[str, Any]) -> Soft:
     """Return hard permutations as matrices; pairs of outer units that are not matched have the target's."""
     validate(spec, permutations)
-    return {g.name: _paired(spec, g.name, as_matrix(jnp.asarray(permutations[g.name]))) for g in spec.groups}
+    return {g.name: _paired(spec, g.name, jnp.asarray(as_matrix(permutations[g.name]))) for g in spec.groups}
 
 
 def barycentre(spec: PermutationSpec) -> Soft:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from permjax.match.ascent import Trace, ascend
 from permjax.match.assignment import Solver
+from permjax.match.compiled import best_ends
 from permjax.match.models import are_local, check_models, entries, reordered
 from permjax.match.problem import DEVICE, HOST, Problem, State, audited, distance, exceeds, moved, pose, start
 from permjax.permutation import Permutations, identity, validate
@@ -51,6 +52,7 @@ def weight_matching(
     max_sweeps: int = 100,
     restarts: int = 1,
     init: Sequence[Mapping[str, Any]] | None = None,
+    vectorized: bool | None = None,
 ) -> Result:
     """Align models to the first one by their weights: `max_p sum_l <a_l, permute(p, b)_l>` over leaves of role weight.
 
@@ -68,6 +70,9 @@ def weight_matching(
         max_sweeps: upper limit for every run.
         restarts: number of runs for each model; the first starts as given, the others at random.
         init: permutations to start from, for every model but the anchor; by default the first sweep finds a start.
+        vectorized: whether the random starts of all models run side by side in one compiled program, in float32, after
+            which the best one of each model is finished like the first; by default on an accelerator only, because a
+            CPU is quicker with one after the other.
 
     Returns:
         The anchor as it is and the other models in its order, the plan, and a `WeightInfo`.
@@ -88,15 +93,20 @@ def weight_matching(
     check_models(spec, models)
     starts = _starts(spec, len(models) - 1, max_sweeps, restarts, init)
     local = are_local(models)
-    anchor = entries(models[0], "model 0", local)
-    problem = pose(spec, _counted(spec, anchor), anchor, HOST if local else DEVICE, solver)
+    found = [entries(model, f"model {index}", local) for index, model in enumerate(models)]
+    counted = _counted(spec, found[0])
+    problem = pose(spec, counted, found[0], HOST if local else DEVICE, solver)
     seed = np.asarray(jax.random.key_data(key)).ravel()
+    rngs = [np.random.default_rng([index, *seed]) for index in range(1, len(models))]
+    more = [[_random(spec, rng) for _ in range(restarts - 1)] for rng in rngs]
+    if restarts > 1 and (not local if vectorized is None else vectorized):
+        traced = "optax" if solver == "optax" else "auction"  # what works in a compiled program
+        options: dict[str, Any] = {"leaves": counted, "solver": traced, "max_sweeps": max_sweeps}
+        more = [[best] for best in best_ends(spec, found[0], found[1:], more, **options)]
     aligned, permutations, records = [models[0]], [identity(spec)], []
-    for index, (model, first) in enumerate(zip(models[1:], starts, strict=True), 1):
-        other = entries(model, f"model {index}", local)
-        rng = np.random.default_rng([index, *seed])
+    for model, other, rng, first, rest in zip(models[1:], found[1:], rngs, starts, more, strict=True):
         before = start(problem, other)
-        after, traces = _align(problem, before, rng, first, max_sweeps, restarts)
+        after, traces = _align(problem, before, rng, [first, *rest], max_sweeps)
         permutations.append(identity(spec) | after.permutations)
         aligned.append(reordered(spec, permutations[-1], model, other))
         records.append(_Record(distance(problem, before), distance(problem, after), traces))
@@ -110,25 +120,28 @@ class WeightMatching:
     solver: str = "scipy"
     max_sweeps: int = 100
     restarts: int = 1
+    vectorized: bool | None = None
 
     def __call__(self, state: MergeState) -> MergeState:
         """Return the state with aligned models, the plan and a `WeightInfo`."""
         state, key = state.split()
-        hyper = {"solver": self.solver, "max_sweeps": self.max_sweeps, "restarts": self.restarts}
-        return state.after(weight_matching(state.spec, state.models, key=key, **hyper))
+        return state.after(weight_matching(state.spec, state.models, key=key, **vars(self)))
 
 
 def _align(
-    problem: Problem, state: State, rng: np.random.Generator, init: Permutations | None, max_sweeps: int, restarts: int
+    problem: Problem, state: State, rng: np.random.Generator, begins: Sequence[Permutations | None], max_sweeps: int
 ) -> tuple[State, list[Trace]]:
-    """Return the best state found, and the traces of all runs, the best one first."""
-    runs = []
-    for run in range(restarts):
-        begin = init if run == 0 else {g: rng.permuted(p, axis=-1) for g, p in identity(problem.spec).items()}
+    """Return the best state found from all starts, and the traces of all runs, the best one first."""
+    runs: list[tuple[State, Trace]] = []
+    for begin in begins:
         first = state if begin is None else audited(problem, moved(problem, state, begin))
         found = ascend(problem, first, rng, max_sweeps, grow=begin is None)
         runs.insert(0 if not runs or exceeds(found[0], runs[0][0]) else len(runs), found)
     return runs[0][0], [trace for _, trace in runs]
+
+
+def _random(spec: PermutationSpec, rng: np.random.Generator) -> Permutations:
+    return {g: rng.permuted(p, axis=-1) for g, p in identity(spec).items()}
 
 
 def _starts(
