@@ -37,7 +37,7 @@ class AlignOptions:
         config: a JSON file with `model_type` and its fields; the `config.json` beside the models by default.
         arch: instead of a configuration, `module:function` that returns `(apply, example_inputs)`.
         matching: what is compared.
-        solver: of the assignment problems.
+        solver: of the assignment problems; `auto` takes the quickest exact one that is there.
         seed: of the matching.
         restarts: runs of the matching, of which the best counts.
         plan: also write the permutations to this `.json` or `.safetensors` file.
@@ -49,7 +49,7 @@ class AlignOptions:
     config: str | None = None
     arch: str | None = None
     matching: Literal["weights"] = "weights"
-    solver: Literal["scipy", "optax"] = "scipy"
+    solver: Literal["auto", "scipy", "lapx", "optax", "auction"] = "auto"
     seed: int = 0
     restarts: int = 1
     plan: str | None = None

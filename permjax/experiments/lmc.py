@@ -1,7 +1,7 @@
 """Train triples of networks, align them by every method, and measure how each one connects them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -127,8 +127,15 @@ def run(config: LMCConfig, out: Path, progress: Any) -> Outcome:
     """
     if not config.variants:
         return _run_one(config, out, progress)
-    variants = {_label(model): replace(config, model=model, variants=()) for model in config.variants}
+    labels = _labels(config.variants)
+    variants = {n: replace(config, model=m, variants=()) for n, m in zip(labels, config.variants, strict=True)}
     return joined({label: _run_one(one, out / "state" / label, progress) for label, one in variants.items()})
+
+
+def _labels(models: Sequence[Any]) -> list[str]:
+    """Return a name for each network: its type, its width, and its place in the list where those are not enough."""
+    found = [_label(model) for model in models]
+    return [label if found.count(label) == 1 else f"{label}_{i}" for i, label in enumerate(found)]
 
 
 def _label(model: Any) -> str:

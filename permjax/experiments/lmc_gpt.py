@@ -248,7 +248,9 @@ def _by_activations(setting: _Setting, view: _View, _: jax.Array) -> Any:
 
 
 def _by_rotation(setting: _Setting, view: _View, key: jax.Array) -> Any:
-    options = {"fixed": _KEPT[setting.layout], "iterations": setting.config.iterations, **vars(setting.config.weights)}
+    weights = setting.config.weights
+    options: dict[str, Any] = {"fixed": _KEPT[setting.layout], "iterations": setting.config.iterations}
+    options |= {"solver": weights.solver, "max_sweeps": weights.max_sweeps, "restarts": weights.restarts}
     inputs = (jnp.asarray(setting.data.x_test[:2]),)
     return residual_matching(view.spec, view.pair, key=key, apply=view.net.apply, inputs=inputs, **options).models[1]
 

@@ -45,7 +45,7 @@ def activation_matching(
     apply: Callable,
     data: Iterable,
     statistic: str = "correlation",
-    solver: Solver = "scipy",
+    solver: Solver = "auto",
 ) -> Result:
     """Align models to the first one by their activations: for every group `max_p sum_i C[i, p(i)]`.
 
@@ -102,7 +102,7 @@ class ActivationMatching:
     """Step form of `activation_matching`: aligns the models of a state to the first and keeps the plan."""
 
     statistic: str = "correlation"
-    solver: str = "scipy"
+    solver: str = "auto"
 
     def __call__(self, state: MergeState) -> MergeState:
         """Return the state with aligned models, the plan and an `ActivationInfo`; needs `apply` and `data`."""
@@ -155,7 +155,7 @@ def _stream(look: Callable, models: tuple, data: Iterable) -> list[dict[Tap, Mom
     return found
 
 
-def _nest(spec: PermutationSpec, group: str, solver: Solver = "scipy") -> Nest:
+def _nest(spec: PermutationSpec, group: str, solver: Solver = "auto") -> Nest:
     return Nest(
         {g.name: g.per for g in spec.groups}, partial(solve, solver=solver, what=f"the cost of group '{group}'")
     )

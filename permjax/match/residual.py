@@ -103,7 +103,7 @@ def residual_matching(
     group: str | None = None,
     fixed: Keeps = "none",
     iterations: int = 20,
-    solver: Solver = "scipy",
+    solver: Solver = "auto",
     max_sweeps: int = 100,
     restarts: int = 1,
 ) -> ResidualResult:
@@ -170,7 +170,7 @@ class ResidualMatching:
     group: str | None = None
     fixed: Keeps = "none"
     iterations: int = 20
-    solver: str = "scipy"
+    solver: str = "auto"
     max_sweeps: int = 100
     restarts: int = 1
 

@@ -42,7 +42,7 @@ def barycentre(spec: PermutationSpec) -> Soft:
     return {g.name: jnp.full(soft_shape(spec, g.name), 1 / g.size, jnp.float32) for g in spec.groups}
 
 
-def rounded(spec: PermutationSpec, soft: Mapping[str, Any], solver: Solver = "scipy") -> Permutations:
+def rounded(spec: PermutationSpec, soft: Mapping[str, Any], solver: Solver = "auto") -> Permutations:
     """Return the permutations nearest to concrete matrices, outer groups first: `max_p <P, X>`."""
     found: Permutations = {}
     for group in outer_first(spec):

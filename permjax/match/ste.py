@@ -59,7 +59,7 @@ def ste_matching(
     learning_rate: float | None = None,
     every: int = 5,
     patience: int = 20,
-    solver: Solver = "scipy",
+    solver: Solver = "auto",
 ) -> Result:
     """Align models to the first one by the loss of their mean: `min_p L(sum_m w_m permute(p_m, theta_m))`.
 
@@ -140,7 +140,7 @@ class SteMatching:
     learning_rate: float | None = None
     every: int = 5
     patience: int = 20
-    solver: str = "scipy"
+    solver: str = "auto"
 
     def __call__(self, state: MergeState) -> MergeState:
         """Return the state with aligned models, the plan and a `SteInfo`; needs `loss` and `labelled`."""

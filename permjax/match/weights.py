@@ -48,7 +48,7 @@ def weight_matching(
     models: Sequence[Any],
     *,
     key: jax.Array,
-    solver: Solver = "scipy",
+    solver: Solver = "auto",
     max_sweeps: int = 100,
     restarts: int = 1,
     init: Sequence[Mapping[str, Any]] | None = None,
@@ -117,7 +117,7 @@ def weight_matching(
 class WeightMatching:
     """Step form of `weight_matching`: aligns the models of a state to the first and keeps the plan."""
 
-    solver: str = "scipy"
+    solver: str = "auto"
     max_sweeps: int = 100
     restarts: int = 1
     vectorized: bool | None = None

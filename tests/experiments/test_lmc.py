@@ -100,3 +100,10 @@ def test_a_configuration_survives_toml(tmp_path):
 def test_what_cannot_be_measured_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **wrong)
+
+
+def test_variants_of_one_kind_are_told_apart(tmp_path):
+    few = replace(SMALL, methods=("none", "weight_matching"), plane_points=0, train=TrainConfig(epochs=1))
+    several = replace(few, variants=tuple(MLPConfig(input_shape=(8, 8), hidden=(n,)) for n in (8, 9)))
+    metrics = run(several, tmp_path, Silent()).metrics
+    assert {"none_r_gamma0_mlp_0", "none_r_gamma0_mlp_1"} <= set(metrics)

@@ -159,7 +159,7 @@ def test_the_step_does_what_the_function_does(networks, draw_params):
     after = chain(ActivationMatching("covariance"))(state)
     expected = activation_matching(spec, models, apply=perceptron, data=points(), statistic="covariance")
     assert_same_permutations(after.plan.permutations(1), expected.plan.permutations(1))
-    assert dataclasses.asdict(ActivationMatching()) == {"statistic": "correlation", "solver": "scipy"}
+    assert dataclasses.asdict(ActivationMatching()) == {"statistic": "correlation", "solver": "auto"}
     with pytest.raises(ValueError, match="ActivationMatching needs `data`"):
         ActivationMatching()(dataclasses.replace(state, data=None))
 
