@@ -243,6 +243,8 @@ def _parts(value: Any, hints: tuple[Any, ...]) -> list[tuple[Any, Any]]:
 def _describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
+        return f"a list, each item {_describe(get_args(hint)[0])}"
     if any(map(dataclasses.is_dataclass, get_args(hint) if _is_union(hint) else (hint,))):
         return "a table"
     return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)

@@ -203,3 +203,12 @@ def test_a_broken_file_is_named_although_an_override_is_right(write):
 def test_a_key_that_names_the_class_must_name_this_class():
     with pytest.raises(ConfigError, match="'model_type' must be 'deep', not 'wide'"):
         from_dict(Deep, {"model_type": "wide"}, where="the file")
+
+
+def test_a_wrong_item_of_a_list_is_told_what_items_may_be():
+    @dataclass(frozen=True)
+    class Choice:
+        kinds: tuple[Literal["red", "blue"], ...] = ()
+
+    with pytest.raises(ConfigError, match="'kinds' must be a list, each item one of 'red', 'blue', not"):
+        from_dict(Choice, {"kinds": ["green"]}, where="here")
