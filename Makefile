@@ -31,6 +31,9 @@ lint: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/weight_matching.py
+	$(BIN)/python benchmarks/assignment.py --sizes 128 512 2048
+	$(BIN)/python benchmarks/frank_wolfe.py
+	$(BIN)/python benchmarks/matching.py
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "permjax needs Python 3.11 or newer on the PATH (or PYTHON=/path/to/python)."; exit 1; }
