@@ -137,10 +137,12 @@ plt.show()
 # ## The plane through the three
 
 # %%
+planes = {name: plane(metrics, trio, test, points=13) for name, trio in aligned.items()}
+heights = np.concatenate([np.log10(found.loss).ravel() for found in planes.values()])
+shared = np.linspace(heights.min(), heights.max(), 16)
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-for ax, (name, trio) in zip(axes, aligned.items(), strict=True):
-    found = plane(metrics, trio, test, points=13)
-    levels = ax.contourf(found.x, found.y, np.log10(found.loss), levels=15)
+for ax, (name, found) in zip(axes, planes.items(), strict=True):
+    levels = ax.contourf(found.x, found.y, np.log10(found.loss), levels=shared)
     ax.scatter(*found.models.T, color="white", edgecolor="black")
     for label, place in zip("abc", found.models, strict=True):
         ax.annotate(label, place, textcoords="offset points", xytext=(5, 5), color="white")
