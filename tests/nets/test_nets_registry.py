@@ -126,7 +126,7 @@ def test_a_key_that_asks_for_other_mathematics_is_refused_by_name(base, key, val
         ({"model_type": "mlp", "hiden": [3]}, "unknown key 'hiden'.*'hidden'"),
         ({"model_type": "gpt2", "n_layers": 3}, "unknown key 'n_layers'.*'n_layer'"),
         ({"model_type": "llama", "quantization_config": {}}, "unknown key 'quantization_config'"),
-        ({"model_type": "mlp", "hidden": 3}, r"'hidden' must be tuple\[int, \.\.\.\], not 3 \(int\)"),
+        ({"model_type": "mlp", "hidden": 3}, r"'hidden' must be a list, each item int, not 3 \(int\)"),
         ({"model_type": "mlp", "hidden": [3, 2.5]}, "'hidden' must be"),
         ({"model_type": "mlp", "classes": True}, "'classes' must be int, not True"),
         ({"model_type": "mlp", "norm": "batch"}, "'norm' must be one of 'none', 'layer', not 'batch'"),
