@@ -47,6 +47,7 @@ print("test accuracy:", trained.history["test_accuracy"][-1].round(3))
 # ## Three ways to line up b and c with a
 
 # %%
+key = jax.random.key(0)
 
 
 def metrics(params, x, y):
@@ -61,8 +62,7 @@ def loss(params, batch):
 
 batches = [
     (jnp.asarray(data.x_train[i : i + 200]), jnp.asarray(data.y_train[i : i + 200])) for i in range(0, 1400, 200)
-]
-key = jax.random.key(0)
+n]
 ste = pj.ste_matching(spec, models, loss=loss, data=batches, key=key, latent="permutation", together=False)
 aligned = {
     "no permutation": models,
@@ -96,13 +96,14 @@ assert agreement["STE, matrices"][0] < 0.6 * agreement["weight matching"][0]
 # A second-order Taylor expansion around both networks, which knows distances and curvatures, does not see the barrier:
 
 # %%
+compared = ("no permutation", "weight matching")
 
 
 def mean_loss(params, x, y):
     return loss(params, (x, y))
 
 
-for name in ("no permutation", "weight matching"):
+for name in compared:
     guess = taylor_barrier(mean_loss, a, aligned[name][1], test)
     print(f"{name:18} true {barriers[name][0]:6.3f}, second-order estimate {guess.barrier:6.3f}")
 
