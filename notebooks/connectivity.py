@@ -62,7 +62,7 @@ def loss(params, batch):
 
 batches = [
     (jnp.asarray(data.x_train[i : i + 200]), jnp.asarray(data.y_train[i : i + 200])) for i in range(0, 1400, 200)
-n]
+]
 ste = pj.ste_matching(spec, models, loss=loss, data=batches, key=key, latent="permutation", together=False)
 aligned = {
     "no permutation": models,
