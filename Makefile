@@ -31,7 +31,7 @@ lint: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/weight_matching.py
-	$(BIN)/python benchmarks/assignment.py --sizes 128 512 2048
+	$(BIN)/python benchmarks/assignment.py
 	$(BIN)/python benchmarks/frank_wolfe.py
 	$(BIN)/python benchmarks/matching.py
 

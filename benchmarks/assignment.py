@@ -142,12 +142,14 @@ def solvers(n: int) -> dict[str, Callable[[Any], Any]]:
     }
 
 
-def table(sizes: list[int], repeats: int) -> list[dict[str, Any]]:
+def table(sizes: list[int], repeats: int, only: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     rows = []
     for n in sizes:
         for kind in TABLE:
             gain, base, best = draw(kind, n, 0), 0.0, 0.0
             for name, run in solvers(n).items():
+                if only and name not in only:
+                    continue
                 once, _ = seconds(lambda run=run, gain=gain: run(gain), 1)
                 took, columns = seconds(lambda run=run, gain=gain: run(gain), repeats)
                 base, best = base or took, best or value(gain, columns)
@@ -220,6 +222,7 @@ def ratio(kept: Callable[[Any], Any], cold: Callable[[Any], Any], gains: list[np
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="*", default=[128, 256, 512, 1024, 2048])
+    parser.add_argument("--host-sizes", type=int, nargs="*", default=[4096, 8192], help="for SciPy and lapx, once")
     parser.add_argument("--matrices", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -230,6 +233,7 @@ def main() -> None:
     }
     print(json.dumps(result["statistics"], indent=1), flush=True)
     result |= {"table": table(args.sizes, args.repeats), "batch": batches(args.sizes, args.repeats)}
+    result["table"] += table(args.host_sizes, 1, ("scipy", "lapx"))
     result |= {"warm": warm(args.sizes)}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
