@@ -77,7 +77,7 @@ def report(config: Any, data: str, spec: PermutationSpec, triples: Sequence[Trip
         title=f"Linear mode connectivity of three networks: {kind} on {data}",
         summary=_summary(data, kind, triples, metrics),
         metrics=metrics,
-        tables=(_table(config, triples, methods),),
+        tables=_tables(config, triples, methods),
         figures=tuple(_figures(config, triples, methods)),
         texts=(Text("Permutation spec", spec.explain()),),
         models={stem: tree.flatten(params) for stem, params in triples[0].kept.items()},
@@ -151,30 +151,46 @@ def _summary(data: str, kind: str, triples: Sequence[Triple], metrics: dict[str,
     return text + (f"Stopped before they converged: {', '.join(late)}." if late else "")
 
 
-def _table(config: Any, triples: Sequence[Triple], methods: Sequence[str]) -> Table:
-    columns = {
-        "barrier to the anchor [nats]": ("barrier_mid_anchor", 3, 1),
-        "barrier between the others [nats]": ("barrier_mid_nonanchor", 3, 1),
-        "largest, to the anchor": ("barrier_max_anchor", 3, 1),
-        "R, γ 0": ("r_gamma0", 3, 1),
-        "R, γ 0.3": ("r_gamma03", 3, 1),
-        "L2 reduction [%]": ("l2_reduction_percent", 1, 1),
-        "accuracy of the mean [%]": ("accuracy_mean3", 1, 100),
-        "seconds": ("seconds", 1, 1),
-    }
-    rows = []
+_BARRIERS = {
+    "to the anchor [nats]": ("barrier_mid_anchor", 3, 1),
+    "between the others [nats]": ("barrier_mid_nonanchor", 3, 1),
+    "largest, to the anchor": ("barrier_max_anchor", 3, 1),
+    "accuracy of the mean [%]": ("accuracy_mean3", 1, 100),
+}
+_MECHANISM = {
+    "R, γ 0": ("r_gamma0", 3, 1),
+    "R, γ 0.3": ("r_gamma03", 3, 1),
+    "L2 reduction [%]": ("l2_reduction_percent", 1, 1),
+    "seconds": ("seconds", 1, 1),
+}
+
+
+def _tables(config: Any, triples: Sequence[Triple], methods: Sequence[str]) -> tuple[Table, Table]:
+    spread = f" Mean and standard deviation over {len(triples)} triples." if len(triples) > 1 else ""
+    alone = _cell([100 * _parents(t) for t in triples], 1)
+    barriers = (
+        f"Midpoint barriers on the test set, and the mean of all three networks; alone they reach {alone} %.{spread}"
+    )
+    rest = (
+        "R is the agreement of singular vectors with the anchor's, over those with singular values of at least γ times "
+        "the largest; the reduction is that of the distance to the anchor."
+    )
+    columns, rows = _BARRIERS | _MECHANISM, {}
     for method in methods:
         found = [_scalars(config, t.alignments[method]) for t in triples]
-        cells = [_cell([unit * f[name] for f in found], digits) for name, digits, unit in columns.values()]
-        done = all(t.alignments[method].converged for t in triples)
-        rows.append((TITLES[method], *cells, "yes" if done else "no"))
-    spread = f" Mean and standard deviation over {len(triples)} triples." if len(triples) > 1 else ""
-    caption = (
-        "Midpoint barriers on the test set; R is the agreement of singular vectors with the anchor's, over those with "
-        f"singular values of at least γ times the largest.{spread} Networks alone: "
-        f"{_cell([100 * _parents(t) for t in triples], 1)} %."
+        cells = {head: _cell([unit * f[key] for f in found], digits) for head, (key, digits, unit) in columns.items()}
+        done = "yes" if all(t.alignments[method].converged for t in triples) else "no"
+        rows[TITLES[method]] = cells | {"converged": done}
+    return (
+        _cut("Barriers", rows, tuple(_BARRIERS), barriers),
+        _cut("What the methods do", rows, (*_MECHANISM, "converged"), rest),
     )
-    return Table("Methods", ("alignment", *columns, "converged"), tuple(rows), caption)
+
+
+def _cut(title: str, rows: dict[str, dict[str, str]], heads: tuple[str, ...], caption: str) -> Table:
+    """Return a table of some of the columns."""
+    lines = tuple((name, *(cells[head] for head in heads)) for name, cells in rows.items())
+    return Table(title, ("alignment", *heads), lines, caption)
 
 
 def _cell(values: Sequence[float], digits: int) -> str:
