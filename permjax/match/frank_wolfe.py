@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from permjax.action import permute
+from permjax.lmc.barrier import l2_distance
 from permjax.match.assignment import Solver
 from permjax.match.joint import aligned_to_first, compared, gauged
 from permjax.match.models import are_local, check_models, entries
-from permjax.match.objective import distance, joint_objective
+from permjax.match.objective import joint_objective
 from permjax.match.relaxation import Course
 from permjax.match.search import Search, explore
 from permjax.match.weights import weight_matching
@@ -154,7 +155,7 @@ def _match(
     runs = [improved(end) for end, _ in hard] if polish else hard
     best = int(np.argmax([value for _, value in runs]))
     permutations, value = max(valued(base), runs[best], key=lambda found: found[1])
-    distances = [distance(anchor, permute(spec, p, other)) for p in (identity(spec), permutations)]
+    distances = [l2_distance(spec, anchor, permute(spec, p, other)) for p in (identity(spec), permutations)]
     return _Record(permutations, course, best, hard[best][1], value, [value for _, value in runs], *distances)
 
 

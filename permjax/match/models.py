@@ -42,6 +42,12 @@ def entries(model: Any, what: str, local: bool) -> dict[str, Any]:
     return found
 
 
+def counted_names(spec: PermutationSpec, leaves: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the leaves that count: floating ones of role weight."""
+    weights = [leaf.name for leaf in spec.leaves if leaf.role == "weight"]
+    return tuple(name for name in weights if jnp.issubdtype(leaves[name].dtype, jnp.floating))
+
+
 def reordered(spec: PermutationSpec, permutations: Mapping[str, Any], model: Any, found: Mapping[str, Any]) -> Any:
     """Return the permuted model, made leaf by leaf from its `entries`; JAX leaves are so again, in their place."""
     validate(spec, permutations)

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from permjax.match.models import counted_names
 from permjax.symmetry.spec import PermutationSpec
 
 
@@ -17,9 +17,8 @@ def counted(spec: PermutationSpec, leaves: Mapping[str, Any]) -> PermutationSpec
     Raises:
         ValueError: there is no such group.
     """
-    floating = [leaf for leaf in spec.leaves if jnp.issubdtype(leaves[leaf.name].dtype, jnp.floating)]
-    weights = tuple(leaf for leaf in floating if leaf.role == "weight")
-    names = {leaf.name for leaf in weights}
+    names = frozenset(counted_names(spec, leaves))
+    weights = tuple(leaf for leaf in spec.leaves if leaf.name in names)
     groups = tuple(g for g in spec.groups if any(member.leaf in names for member in spec.members(g.name)))
     if not groups:
         raise ValueError("no group of the spec stands in a floating leaf of role weight, so nothing can be matched.")
@@ -49,12 +48,6 @@ def pair_objectives(models: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "m
         rows = np.stack([np.asarray(model[name], np.float64).ravel() for model in models])
         found += rows @ rows.T
     return found
-
-
-def distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-    """Return the Euclidean distance of two models over the given leaves, in float64 on the host."""
-    wide = ((np.asarray(a[name], np.float64), np.asarray(b[name], np.float64)) for name in a)
-    return sum(float(np.square(x - y).sum()) for x, y in wide) ** 0.5
 
 
 def scale(models: Sequence[Mapping[str, Any]]) -> float:

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from permjax.match.ascent import Trace, ascend
 from permjax.match.assignment import Solver
 from permjax.match.compiled import best_ends
-from permjax.match.models import are_local, check_models, entries, reordered
+from permjax.match.models import are_local, check_models, counted_names, entries, reordered
 from permjax.match.problem import DEVICE, HOST, Problem, State, audited, distance, exceeds, moved, pose, start
 from permjax.permutation import Permutations, identity, validate
 from permjax.plan import Plan
@@ -94,7 +93,7 @@ def weight_matching(
     starts = _starts(spec, len(models) - 1, max_sweeps, restarts, init)
     local = are_local(models)
     found = [entries(model, f"model {index}", local) for index, model in enumerate(models)]
-    counted = _counted(spec, found[0])
+    counted = counted_names(spec, found[0])
     problem = pose(spec, counted, found[0], HOST if local else DEVICE, solver)
     seed = np.asarray(jax.random.key_data(key)).ravel()
     rngs = [np.random.default_rng([index, *seed]) for index in range(1, len(models))]
@@ -158,12 +157,6 @@ def _starts(
     for permutations in init:
         validate(spec, permutations)
     return [{g: np.asarray(p) for g, p in permutations.items()} for permutations in init]
-
-
-def _counted(spec: PermutationSpec, leaves: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the leaves that count: floating ones of role weight."""
-    weights = [leaf.name for leaf in spec.leaves if leaf.role == "weight"]
-    return tuple(name for name in weights if jnp.issubdtype(leaves[name].dtype, jnp.floating))
 
 
 class _Record(NamedTuple):
