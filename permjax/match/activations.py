@@ -89,7 +89,7 @@ def activation_matching(
         others = zip(permutations, models[1:], found[1:], strict=True)
         return (models[0], *(reordered(spec, p, model, leaves) for p, model, leaves in others))
 
-    look, permutations, passes = _observer(spec, apply), [identity(spec) for _ in models[1:]], []
+    look, permutations, passes = observer(spec, apply), [identity(spec) for _ in models[1:]], []
     while len(passes) < _PASSES and (not passes or passes[-1].is_blurred):
         passes.append(_match(spec, look, permuted(permutations), data, statistic, solver))
         permutations = [compose(spec, p, q) for p, q in zip(passes[-1].permutations, permutations, strict=True)]
@@ -123,7 +123,7 @@ class _Pass(NamedTuple):
 def _match(
     spec: PermutationSpec, look: Callable, models: tuple, data: Iterable, statistic: str, solver: Solver
 ) -> _Pass:
-    streamed = _stream(look, models, data)
+    streamed = stream(look, models, data)
     permutations = [_solved(spec, moments, statistic, solver) for moments in streamed]
     before = np.array([_correlations(spec, moments, identity(spec)) for moments in streamed])
     after = np.array([_correlations(spec, moments, p) for moments, p in zip(streamed, permutations, strict=True)])
@@ -131,7 +131,7 @@ def _match(
     return _Pass(permutations, before, after, not still and _entangled(spec, streamed[0]))
 
 
-def _observer(spec: PermutationSpec, apply: Callable) -> Callable:
+def observer(spec: PermutationSpec, apply: Callable) -> Callable:
     """Return the compiled function `(models, inputs) -> moments of all taps, for every model but the anchor`."""
 
     def look(models: tuple, inputs: tuple) -> list[dict[Tap, Moments]]:
@@ -142,7 +142,12 @@ def _observer(spec: PermutationSpec, apply: Callable) -> Callable:
     return jax.jit(look)
 
 
-def _stream(look: Callable, models: tuple, data: Iterable) -> list[dict[Tap, Moments]]:
+def stream(look: Callable, models: tuple, data: Iterable) -> list[dict[Tap, Moments]]:
+    """Return the moments of all taps over all batches, for every model but the anchor; `look` is an `observer`.
+
+    Raises:
+        ValueError: `data` has no batches.
+    """
     found: list[dict[Tap, Moments]] | None = None
     for batch in data:
         seen = look(models, batch if isinstance(batch, tuple) else (batch,))

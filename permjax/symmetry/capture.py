@@ -1,6 +1,6 @@
 """The activations that carry each group, and what goes into and comes out of each matrix-like leaf."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -14,7 +14,8 @@ from permjax.symmetry.blocks import Block, extract, leaf_blocks
 from permjax.symmetry.factors import Node
 from permjax.symmetry.groups import axis_tree
 from permjax.symmetry.replay import replay
-from permjax.symmetry.spec import Axis, Leaf, Of, PermutationSpec, Product, Sum, children
+from permjax.symmetry.spec import Axis, Leaf, Of, PermutationSpec, Product, Sum
+from permjax.symmetry.spec import walk as ends
 from permjax.symmetry.walk import Value, Walk
 from permjax.symmetry.wreath import normal_form
 
@@ -71,15 +72,11 @@ def capture(apply: Callable, spec: PermutationSpec, params: Any, *inputs: Any) -
     """
     closed = jax.make_jaxpr(apply)(params, *inputs)
     named = tree.flatten(params)
-    recorder = _Recorder()
-    leaves = {name: recorder.fresh(jnp.shape(a)) for name, a in named.items()}
-    for name, value in leaves.items():
-        recorder.sources[id(value)] = _Source(name, tuple(range(len(value.axes))))
-    given = [recorder.fresh(jnp.shape(a)) for a in jax.tree.leaves(inputs)]
-    recorder.run(closed, closed.consts, [*leaves.values(), *given])
+    recorder = Recorder()
+    leaves = recorder.record(closed, named, inputs)
     flat = [*named.values(), *jax.tree.leaves(inputs)]
     _, taps, _ = replay(closed, closed.consts, flat, {w.number for w in recorder.writers})
-    names = _class_names(spec, leaves)
+    names = class_names(spec, leaves)
     found = Captured({g.name: {} for g in spec.groups}, {})
     for writer in recorder.writers:
         if writer.number in taps:
@@ -107,7 +104,7 @@ class _Writer:
     bias: str | None = None
 
 
-class _Recorder(Walk):
+class Recorder(Walk):
     """A walk that also notes which contractions use which leaf, and which bias is added to their results."""
 
     def __init__(self) -> None:
@@ -115,6 +112,15 @@ class _Recorder(Walk):
         self.sources: dict[int, _Source] = {}
         self.writers: list[_Writer] = []
         self.written: dict[int, _Writer] = {}
+
+    def record(self, closed: Any, named: Mapping[str, Any], inputs: tuple) -> dict[str, Value]:
+        """Walk a closed jaxpr whose first inputs are the named leaves, and return their values."""
+        leaves = {name: self.fresh(jnp.shape(a)) for name, a in named.items()}
+        for name, value in leaves.items():
+            self.sources[id(value)] = _Source(name, tuple(range(len(value.axes))))
+        given = [self.fresh(jnp.shape(a)) for a in jax.tree.leaves(inputs)]
+        self.run(closed, closed.consts, [*leaves.values(), *given])
+        return leaves
 
     def moved(self, value: Value, out: Value, order) -> None:
         """Follow leaves and results through rearrangements."""
@@ -154,7 +160,7 @@ def _collect(found: Captured, spec: PermutationSpec, writer: _Writer, tap, names
     while label in found.leaves:
         label += "'"
     found.leaves[label] = io
-    written = {e for i in io.out_axes for e in _groups(spec.leaf(writer.leaf).axes[i])}
+    written = {e for i in io.out_axes for e in groups_on(spec.leaf(writer.leaf).axes[i])}
     nodes = [*writer.result.context, *writer.result.axes]
     axes = tuple(axis_tree(n, names) for n in nodes)
     blocks = [b for b in leaf_blocks(spec, Leaf(label, tuple(output.shape), axes)) if written & set(b.names)]
@@ -205,14 +211,12 @@ def _last(array: Any, axes: tuple[int, ...], stacked: int) -> Any:
     return array.reshape((*array.shape[: len(lead)], prod(array.shape[len(lead) :])))
 
 
-def _groups(axis: Axis):
-    if isinstance(axis, Of):
-        yield axis.group
-    for child in children(axis):
-        yield from _groups(child)
+def groups_on(axis: Axis) -> Iterator[str]:
+    """Yield the group of every end of an axis tree, major to minor."""
+    yield from (end.group for _, end in ends(axis) if isinstance(end, Of))
 
 
-def _class_names(spec: PermutationSpec, leaves: Mapping[str, Value]) -> dict[tuple[Node, ...], str]:
+def class_names(spec: PermutationSpec, leaves: Mapping[str, Value]) -> dict[tuple[Node, ...], str]:
     """Return which runs of classes (one, or several that were fused) a group of the spec stands for."""
     names: dict[tuple[Node, ...], str] = {}
     for name, value in leaves.items():
