@@ -12,6 +12,7 @@ _MODULES = {
     "rebasin": "permjax.experiments.rebasin",
     "lmc": "permjax.experiments.lmc",
     "lmc_gpt": "permjax.experiments.lmc_gpt",
+    "pleas": "permjax.experiments.pleas",
 }
 
 
