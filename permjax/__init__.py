@@ -33,9 +33,26 @@ from permjax.merge.average import Average as Average
 from permjax.merge.average import Slerp as Slerp
 from permjax.merge.average import average as average
 from permjax.merge.average import slerp as slerp
+from permjax.merge.block_apply import block_apply as block_apply
+from permjax.merge.block_repair import block_repair as block_repair
+from permjax.merge.budget import cost as cost
+from permjax.merge.export import load_merged as load_merged
+from permjax.merge.export import save_merged as save_merged
+from permjax.merge.heads import own_heads as own_heads
+from permjax.merge.norms import wide_statistics as wide_statistics
+from permjax.merge.partial import constrained_plan as constrained_plan
+from permjax.merge.partial import partial_plan as partial_plan
+from permjax.merge.planning import pleas_plan as pleas_plan
+from permjax.merge.pleas import Pleas as Pleas
+from permjax.merge.pleas import pleas as pleas
+from permjax.merge.pleas import pleas_statistics as pleas_statistics
 from permjax.merge.repair import Repair as Repair
 from permjax.merge.repair import reestimate_statistics as reestimate_statistics
 from permjax.merge.repair import repair as repair
+from permjax.merge.scale import CanonicalScale as CanonicalScale
+from permjax.merge.scale import canonical_scale as canonical_scale
+from permjax.merge.statistics import Statistics as Statistics
+from permjax.merge.zipping import zip_plan as zip_plan
 from permjax.permutation import Permutations as Permutations
 from permjax.permutation import as_matrix as as_matrix
 from permjax.permutation import compose as compose
@@ -52,5 +69,6 @@ from permjax.symmetry.trace import trace_spec as trace_spec
 from permjax.symmetry.verify import SpecError as SpecError
 from permjax.symmetry.verify import equivalence_error as equivalence_error
 from permjax.symmetry.verify import verify as verify
+from permjax.symmetry.work import contractions as contractions
 
 __version__ = "0.1.0"

@@ -77,6 +77,7 @@ class Outcome(NamedTuple):
         texts: longer things, such as `spec.explain()`.
         models: file stem -> named leaves; saved as `model/<stem>.safetensors`.
         headline: keys of the few metrics that stand on top of the page; none by default.
+        network: configuration of the models, where it is not the `model` of the run's.
     """
 
     title: str
@@ -87,12 +88,13 @@ class Outcome(NamedTuple):
     texts: tuple[Text, ...] = ()
     models: Mapping[str, Mapping[str, Any]] = {}
     headline: tuple[str, ...] = ()
+    network: Any = None
 
 
 def write_report(outcome: Outcome, out: Path, config: Any, *, command: str, seconds: float) -> None:
     """Write `model/`, `figures/`, `config.toml`, `report.html` and last `metrics.json`, which marks a complete run.
 
-    A configuration's `model` is written beside the models, as their `config.json`.
+    The outcome's `network`, or the configuration's `model`, is written beside the models as their `config.json`.
 
     Args:
         outcome: what to report.
@@ -114,8 +116,9 @@ def write_report(outcome: Outcome, out: Path, config: Any, *, command: str, seco
         folder.mkdir(parents=True, exist_ok=True)
     for stem, leaves in outcome.models.items():
         save_checkpoint(out / "model" / f"{stem}.safetensors", leaves)
-    if outcome.models and hasattr(config, "model"):  # so that `align` and `merge` know the architecture
-        _write(out / "model" / "config.json", json.dumps(to_dict(config.model), indent=2).encode())
+    network = outcome.network or getattr(config, "model", None)
+    if outcome.models and network is not None:  # so that `align` and `merge` know the architecture
+        _write(out / "model" / "config.json", json.dumps(to_dict(network), indent=2).encode())
     for picture in pictures:
         _write(out / "figures" / f"{picture.figure.name}.png", picture.light)
     _write(out / "config.toml", to_toml(config).encode())

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from permjax import tree
+from permjax.match.activations import ActivationInfo
 from permjax.match.weights import WeightInfo
 from permjax.plan import Plan
 from permjax.report import Curve, Figure, Table, Text
@@ -25,7 +26,9 @@ class Alignment(NamedTuple):
         before: the models as read, float32 or wider.
         after: the models in the anchor's order.
         plan: the labels of their units.
-        info: diagnostics of the matching.
+        l2_before: for every model but the anchor, its distance to the anchor over leaves of role weight.
+        l2_after: the same after matching.
+        found: what else the matching tells, by name, for every model but the anchor.
         changes: for every model but the anchor, how much its outputs on the example inputs changed, relative to the
             largest one.
         seconds: time spent on matching.
@@ -36,26 +39,34 @@ class Alignment(NamedTuple):
     before: tuple[Any, ...]
     after: tuple[Any, ...]
     plan: Plan
-    info: WeightInfo
+    l2_before: Float[np.ndarray, " models"]
+    l2_after: Float[np.ndarray, " models"]
+    found: Mapping[str, np.ndarray]
     changes: tuple[float, ...]
     seconds: float
 
 
+def findings(info: WeightInfo | ActivationInfo) -> dict[str, np.ndarray]:
+    """What a matching tells besides distances: what it made large, for every model but the anchor."""
+    if isinstance(info, WeightInfo):
+        return {"objective": info.objective[:, -1], "sweeps": info.sweeps}
+    return {f"correlation {when}": np.nanmean(getattr(info, when), axis=1) for when in ("before", "after")}
+
+
 def metrics(alignment: Alignment) -> dict[str, float | int]:
     """Means over the models but the anchor, the worst equivalence error, and distances one by one if several."""
-    info = alignment.info
     found = {
         "models": len(alignment.names),
-        "l2_before": float(info.l2_before.mean()),
-        "l2_after": float(info.l2_after.mean()),
-        "l2_reduction_percent": float(_reductions(info).mean()),
-        "objective": float(info.objective[:, -1].mean()),
+        "l2_before": float(alignment.l2_before.mean()),
+        "l2_after": float(alignment.l2_after.mean()),
+        "l2_reduction_percent": float(_reductions(alignment).mean()),
+        **{name.replace(" ", "_"): float(values.mean()) for name, values in alignment.found.items()},
         "equivalence_error": max(alignment.changes),
         "seconds_matching": alignment.seconds,
     }
     each = {
         f"l2_{when}_{index}": float(value)
-        for when, values in (("before", info.l2_before), ("after", info.l2_after))
+        for when, values in (("before", alignment.l2_before), ("after", alignment.l2_after))
         for index, value in enumerate(values, 1)
     }
     return found | (each if len(alignment.names) > 2 else {})
@@ -91,15 +102,16 @@ def explanation(spec: PermutationSpec) -> Text:
 
 
 def _of_models(alignment: Alignment) -> Table:
-    columns = ("model", "L2 before", "L2 after", "reduction [%]", "objective", "sweeps", "change of outputs")
-    info = alignment.info
-    values = (info.l2_before, info.l2_after, _reductions(info), info.objective[:, -1], info.sweeps, alignment.changes)
-    rows = tuple(zip(alignment.names[1:], *values, strict=True))
+    distances = {"L2 before": alignment.l2_before, "L2 after": alignment.l2_after}
+    columns = {**distances, "reduction [%]": _reductions(alignment), **alignment.found}
+    columns["change of outputs"] = np.asarray(alignment.changes)
+    rows = tuple(zip(alignment.names[1:], *columns.values(), strict=True))
+    large = "inner product" if "objective" in alignment.found else "mean correlation of units"
     caption = (
-        f"Distance over all weights to the anchor, {alignment.names[0]}, and the inner product with it, which matching "
+        f"Distance over all weights to the anchor, {alignment.names[0]}, and the {large} with it, which matching "
         "makes large. The outputs of a permuted model change by rounding only."
     )
-    return Table("Models", columns, rows, caption)
+    return Table("Models", ("model", *columns), rows, caption)
 
 
 def _of_groups(
@@ -117,10 +129,10 @@ def _of_groups(
     return Table("Groups", columns, rows, caption + ("; means over the models." if len(alignment.names) > 2 else "."))
 
 
-def _reductions(info: WeightInfo) -> Float[np.ndarray, " models"]:
+def _reductions(alignment: Alignment) -> Float[np.ndarray, " models"]:
     """How much nearer each model came, in percent; 0 where it was no distance away."""
-    before = np.where(info.l2_before > 0, info.l2_before, 1.0)
-    return 100 * (info.l2_before - info.l2_after) / before
+    before = np.where(alignment.l2_before > 0, alignment.l2_before, 1.0)
+    return 100 * (alignment.l2_before - alignment.l2_after) / before
 
 
 def _moved(plan: Plan) -> dict[str, float | int]:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from permjax import tree
 from permjax.io.checkpoint import Checkpoint
+from permjax.nets.base import batch_statistics
 from permjax.nets.registry import ConfigError, build, config_from_dict, config_to_dict
 
 _CONSTANTS = ("*.attn.bias", "*.attn.masked_bias", "*.rotary_emb.inv_freq")
@@ -34,12 +36,17 @@ class Architecture(NamedTuple):
         inputs: example inputs.
         like: the parameters as a tree of `jax.ShapeDtypeStruct`, named as in the files.
         source: what to call it in messages.
+        config: the configuration that it comes from, if any.
+        statistics: `statistics(params, *inputs) -> params` with BatchNorm's running statistics of the inputs, where it
+            is known how to get them.
     """
 
     apply: Callable[..., Any]
     inputs: tuple[Any, ...]
     like: Any
     source: str
+    config: Mapping[str, Any] | None = None
+    statistics: Callable[..., Any] | None = None
 
 
 def find_architecture(checkpoints: Sequence[Checkpoint], config: str | None, arch: str | None) -> Architecture:
@@ -67,29 +74,34 @@ def find_architecture(checkpoints: Sequence[Checkpoint], config: str | None, arc
 def _from_config(checkpoints: Sequence[Checkpoint], given: str | None) -> Architecture:
     """The architecture of the given configuration, or of the configurations beside the files, which must be equal."""
     values = None if given is None else _read_json(Path(given))
-    found = [(c, _configured(given, values, c)) for c in checkpoints if given or c.config is not None]
+    found = [(c, *_configured(given, values, c)) for c in checkpoints if given or c.config is not None]
     if not found:
         message = (
             f"The architecture of {checkpoints[0].path} is not known: put its config.json beside it, name one with "
             "--config FILE, or give --arch module:function, which returns (apply, example_inputs)."
         )
         raise FilesError(message)
-    (first, config), *others = found
-    for other, value in others:
+    (first, config, read), *others = found
+    for other, value, _ in others:
         _check_equal(config_to_dict(config), config_to_dict(value), first.path, other.path)
     net = build(config)
     like = jax.eval_shape(net.init, jax.random.key(0))
     source = f"the {config.model_type} of {given or _beside(first)}"
-    return Architecture(net.apply, net.example_inputs(2), like, source)
+    return Architecture(net.apply, net.example_inputs(2), like, source, read, partial(batch_statistics, net))
 
 
-def _configured(given: str | None, values: Mapping[str, Any] | None, checkpoint: Checkpoint) -> Any:
-    """The configuration of a file; for GPT-2 with the prefix of its names, which its `config.json` does not tell."""
+def _configured(
+    given: str | None, values: Mapping[str, Any] | None, checkpoint: Checkpoint
+) -> tuple[Any, Mapping[str, Any]]:
+    """The configuration of a file, and what it was made from.
+
+    For GPT-2 that is with the prefix of its names, which its `config.json` does not tell.
+    """
     values = values or checkpoint.config or {}
     if values.get("model_type") == "gpt2" and any(name.startswith("transformer.") for name in checkpoint):
         values = {"prefix": "transformer.", **values}
     try:
-        return config_from_dict(values)
+        return config_from_dict(values), values
     except ConfigError as error:
         raise FilesError(f"{given or _beside(checkpoint)}: {error}") from None
 

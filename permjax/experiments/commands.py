@@ -6,10 +6,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from permjax.experiments import files
+from permjax.experiments.file_options import AlignOptions, MergeOptions, PleasOptions
 from permjax.experiments.progress import Progress
 from permjax.experiments.runs import Finished, read_metrics
 from permjax.report import Outcome, write_report
@@ -28,11 +29,13 @@ _Weights = Annotated[
 _Models = Annotated[tuple[str, ...], Positional, arg(metavar="A B [C ...]", help_behavior_hint="")]
 _Out = Annotated[str, arg(aliases=("-o",), metavar="OUT")]
 _File = Annotated[str | None, arg(metavar="FILE")]
+_Number = Annotated[float | None, arg(metavar="FLOAT")]
+_Count = Annotated[int | None, arg(metavar="INT")]
 _Function = Annotated[str | None, arg(metavar="MODULE:FUNCTION")]
 
 
 @dataclass(frozen=True)
-class Align(files.AlignOptions):
+class Align(AlignOptions):
     """The options of `files.align`, and how to show what it does.
 
     Attributes:
@@ -43,13 +46,27 @@ class Align(files.AlignOptions):
     out: _Out
     config: _File = None
     arch: _Function = None
+    calibration: _File = None
+    samples: _Count = None
     plan: _File = None
     init: _File = None
     progress: bool = True
 
 
 @dataclass(frozen=True)
-class Merge(files.MergeOptions):
+class Pleas(PleasOptions):
+    """The options of the method pleas, as flags of `merge`."""
+
+    budget: _Number = None
+    params: _Number = None
+    width: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="[GROUP=]SHARE")] = ()
+    whole: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="GROUP")] = ()
+    positions: _Count = None
+    canonical_scale: FlagCreatePairsOff[bool] = False
+
+
+@dataclass(frozen=True)
+class Merge(MergeOptions):
     """The options of `files.merge`, and how to show what it does.
 
     Attributes:
@@ -61,15 +78,18 @@ class Merge(files.MergeOptions):
     out: _Out
     config: _File = None
     arch: _Function = None
+    calibration: _File = None
+    samples: _Count = None
     plan: _File = None
     init: _File = None
     weights: _Weights = None
+    pleas: Annotated[Pleas, arg(name="")] = Pleas()
     progress: bool = True
 
 
-_WORK: dict[type, tuple[type[files.AlignOptions], Callable[[Any, Progress], Outcome]]] = {
-    Align: (files.AlignOptions, files.align),
-    Merge: (files.MergeOptions, files.merge),
+_WORK: dict[type, tuple[type[AlignOptions], Callable[[Any, Progress], Outcome]]] = {
+    Align: (AlignOptions, files.align),
+    Merge: (MergeOptions, files.merge),
 }
 
 

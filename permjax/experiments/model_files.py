@@ -1,6 +1,6 @@
 """Checkpoint files as models of one architecture: checked, traced, read, and kept from being overwritten."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from permjax import tree
 from permjax.experiments.architectures import Architecture, FilesError, find_architecture
 from permjax.io.checkpoint import Checkpoint, open_checkpoint
 from permjax.io.lazy import PICKLES, SINGLE
+from permjax.merge.export import is_merged
 from permjax.symmetry.spec import PermutationSpec
 from permjax.symmetry.trace import trace_spec
 
@@ -28,6 +29,12 @@ class ModelFiles(NamedTuple):
     architecture: Architecture
     spec: PermutationSpec
 
+    @property
+    def statistics(self) -> Callable[..., Any] | None:
+        """The function that estimates running statistics, if there are any and it is known."""
+        has = any(leaf.role == "statistic" for leaf in self.spec.leaves)
+        return self.architecture.statistics if has else None
+
     def load(self) -> tuple[Any, ...]:
         """The models, in float32 or the widest dtype that one of them has for a leaf."""
 
@@ -43,10 +50,15 @@ class ModelFiles(NamedTuple):
 
 
 def open_all(paths: Sequence[str]) -> tuple[Checkpoint, ...]:
-    """Open two checkpoints or more without reading their tensors."""
+    """Open two checkpoints or more without reading their tensors; networks of merged widths are refused."""
     if len(paths) < 2:
         raise FilesError(f"Two models or more are needed, the first as the anchor, not {len(paths)}; name more files.")
-    return tuple(open_checkpoint(path) for path in paths)
+    found = tuple(open_checkpoint(path) for path in paths)
+    for checkpoint in found:
+        if is_merged(checkpoint):
+            message = f"{checkpoint.path} is a merged network, whose widths are not those of one model; "
+            raise FilesError(message + "give the models that it was made of (permjax.load_merged runs it).")
+    return found
 
 
 def examine(checkpoints: Sequence[Checkpoint], config: str | None, arch: str | None) -> ModelFiles:

@@ -136,8 +136,9 @@ def resolved(normalisation: Normalisation, model: Any) -> Normalisation:
 
 
 def joined(found: dict[str, Outcome]) -> Outcome:
-    """Return the outcomes of several variants as one."""
+    """Return the outcomes of several variants as one; models of another network than the first one's are left out."""
     first = next(iter(found.values()))
+    alike = [(label, o) for label, o in found.items() if o.network == first.network]
     tables = [t._replace(title=f"{t.title}, {label}") for label, o in found.items() for t in o.tables]
     figures = [(label, f) for label, o in found.items() for f in o.figures]
     return Outcome(
@@ -147,5 +148,6 @@ def joined(found: dict[str, Outcome]) -> Outcome:
         tables=tuple(tables),
         figures=tuple(f._replace(name=f"{f.name}_{label}", title=f"{f.title}, {label}") for label, f in figures),
         texts=first.texts,
-        models={f"{stem}_{label}": leaves for label, o in found.items() for stem, leaves in o.models.items()},
+        models={f"{stem}_{label}": leaves for label, o in alike for stem, leaves in o.models.items()},
+        network=first.network,
     )

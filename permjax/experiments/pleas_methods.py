@@ -118,6 +118,7 @@ class Merger:
         key: random key.
         shape: how budgets are spread over groups.
         ridge: of the fits.
+        positions: of every image that count in the fits.
         distillation: hyper-parameters of the controls.
     """
 
@@ -132,6 +133,7 @@ class Merger:
     key: jax.Array
     shape: str = "uniform"
     ridge: Any = "auto"
+    positions: int | None = None
     distillation: Distillation = Distillation()
 
     def __post_init__(self) -> None:
@@ -217,6 +219,7 @@ class Merger:
                 params = self._distilled(recipe.fit, params, network)
             return params, {}
         fit: dict[str, Any] = {"mode": recipe.fit, "ridge": self.ridge, "batch_statistics": self.statistics}
+        fit |= {"positions": self.positions, "key": self.key}
         if recipe.owner:
             fit |= {"targets": "owner", "owners": self._owners(data)}
         keep = () if self.refit else self.heads.leaves

@@ -1,6 +1,7 @@
 """What a PLeaS run tells: accuracies by method and budget, paired differences, costs, and residuals."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +59,7 @@ def report(config: Any, about: About, trials: Trials) -> Outcome:
         figures=tuple(figures(rows)),
         texts=(Text("Protocols", "\n\n".join(PROTOCOLS.values())), Text("Permutation spec", about.spec.explain())),
         models={stem: tree.flatten(params) for stem, params in about.models.items()},
+        network=replace(config.model, classes=len(task.classes[0])),
         headline=tuple(key for key in ("parents_task", *shown, "ensemble_joint") if key in metrics),
     )
 

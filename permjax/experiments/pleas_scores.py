@@ -61,10 +61,15 @@ class Scores(NamedTuple):
 
 
 def predictions(
-    apply: Callable[..., jax.Array], params: Any, x: Shaped[np.ndarray, "n ..."], batch_size: int = 500
+    apply: Callable[..., jax.Array],
+    params: Any,
+    x: Shaped[np.ndarray, "n ..."],
+    batch_size: int = 500,
+    *,
+    compiled: bool = True,
 ) -> Float[np.ndarray, "n outputs"]:
-    """The outputs of a network for many inputs, on the host; `apply` is compiled."""
-    run = jax.jit(apply)
+    """The outputs of a network for many inputs, on the host; `apply` is compiled, unless it is to run once only."""
+    run = jax.jit(apply) if compiled else apply
     parts = [np.asarray(run(params, jnp.asarray(x[i : i + batch_size]))) for i in range(0, len(x), batch_size)]
     return np.concatenate(parts)
 

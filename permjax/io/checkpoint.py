@@ -77,7 +77,7 @@ def save_checkpoint(
     _check_tensors(tensors, source)
     plan = {single: tuple(source or tensors)} if single else _plan(tensors, source, shard_size, folder)
     text = dict(metadata or (source.metadata if source else None) or {"format": "pt"})
-    copied = [*(() if single else _companions(source, folder)), *map(Path, extra_files)]
+    copied = [*(() if single else companions(source, folder)), *map(Path, extra_files)]
     sizes: dict[str, int] = {}
     with _explained(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,7 @@ def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return narrow
 
 
-def _companions(source: Checkpoint | None, folder: Path) -> list[Path]:
+def companions(source: Checkpoint | None, folder: Path) -> list[Path]:
     """The configuration and tokenizer files to copy from the folder of `source`."""
     if source is None or source.path.name not in (SINGLE, INDEX):
         return []

@@ -10,9 +10,9 @@ import numpy as np
 
 from permjax import tree
 from permjax.merge.contraction import contraction
-from permjax.merge.wide import Wide
+from permjax.merge.wide import Wide, groups_of
 from permjax.plan import Plan
-from permjax.symmetry.program import Program, Ref, Use, steps
+from permjax.symmetry.program import Program, Ref, Survey, Use, steps, survey
 from permjax.symmetry.spec import PermutationSpec
 
 Apply: TypeAlias = Callable[..., Any]
@@ -44,6 +44,8 @@ class BlockApply:
             ValueError: parameters that do not fit, or an architecture whose groups cannot be widened so.
         """
         outputs = self.views(params, *inputs)
+        if self.wide.widened:
+            self.check(survey(self.applies[0], self.like(0, params), *inputs))
         if self.joined == "tuple":
             return outputs if len(outputs) == self.wide.models else outputs * self.wide.models
         if len(outputs) == 1:
@@ -100,6 +102,22 @@ class BlockApply:
         """Return the parameters of one model as shapes."""
         spec = self.wide.sources[model]
         return tree.map_named(lambda n, leaf: jax.ShapeDtypeStruct(spec.leaf(n).shape, jnp.result_type(leaf)), params)
+
+    def check(self, used: Survey) -> None:
+        """Refuse leaves whose widened units are read in different ways: their blocks would have to differ in scale."""
+        self.refuse(used.derived)
+        ways: dict[str, set[frozenset[int]]] = {name: {frozenset()} for name in used.fetched}
+        for use in used.uses:
+            ways.setdefault(use.ref.leaf, set()).add(frozenset(use.contracted))
+        for name, seen in ways.items():
+            for place, axis in enumerate(self.wide.spec.leaf(name).axes):
+                group = min(groups_of(axis) & self.wide.widened, default=None)
+                if group is not None and len({place in way for way in seen}) > 1:
+                    message = (
+                        f"leaf '{name}' is summed over group '{group}' at one place and used without that at another "
+                        f"(as a tied embedding is), so no wider leaf can be both; keep group '{group}' whole (ratio 0)."
+                    )
+                    raise ValueError(message)
 
     def refuse(self, leaves: frozenset[str]) -> None:
         """Refuse leaves that are computed with before they are contracted, if they hold widened units."""

@@ -109,8 +109,8 @@ def load_merged(path: StrPath, apply: Apply | Sequence[Apply], *, dtype: Any = N
     checkpoint = open_checkpoint(path)
     found = read_structure(checkpoint)
     if found is None:
-        message = f"{checkpoint.path} holds no merged network: its metadata lack {HEADER!r}. A network of the widths of "
-        raise CheckpointError(message + "one model is an ordinary checkpoint: read it with load_tree.")
+        message = f"{checkpoint.path} holds no merged network: its metadata lack {HEADER!r}. A network with the widths "
+        raise CheckpointError(message + "of one model is an ordinary checkpoint: read it with load_tree.")
     network = block_apply(found.spec, found.plan, apply, joined=found.joined)
     named = checkpoint.load([leaf.name for leaf in found.spec.leaves], dtype)
     network.wide.wide_spec.validate({name: leaf.shape for name, leaf in named.items()}, str(checkpoint.path))
@@ -134,7 +134,7 @@ def read_structure(checkpoint: Checkpoint) -> Structure | None:
         values = json.loads(checkpoint.metadata[HEADER])
         spec, plan = spec_from_dict(values["spec"]), _plan_from(values["plan"])
         return Structure(spec, plan, values["joined"], values["source"], values["config"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         message = f"The block structure in the metadata of {checkpoint.path} cannot be read ({error}); copy it again."
         raise CheckpointError(message) from error
 

@@ -1,12 +1,15 @@
 """Solving one layer: from its statistics to the leaves that hold it."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import reduce
+from math import prod
 from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from permjax.merge.contraction import Piece
 from permjax.merge.gram import Gram
 from permjax.merge.layer import Layer
 from permjax.merge.ridge import Blocks, choose_ridge, default_ridge, residual, solve
@@ -78,14 +81,50 @@ def _parts(layer: Layer, grams: tuple[Gram, ...], held: tuple[Gram, ...]) -> Ite
         return
     everything = (np.arange(grams[0].cross.shape[-2]), np.arange(grams[0].cross.shape[-1]))
     for piece, (columns, outputs) in zip(layer.contraction.pieces, layer.blocks or [everything], strict=False):
-        mine, back = ([g for g, o in zip(gs, piece.owners, strict=False) if o] for gs in (grams, held))
+        mine, back = (
+            [g for g, o in zip(gs, piece.owners, strict=False) if o] for gs in (_own(layer, grams), _own(layer, held))
+        )
         others = np.setdiff1d(np.arange(grams[0].cross.shape[-1]), outputs)
+        times = _times(layer, piece)
         yield _Part(
-            reduce(add, mine),
-            reduce(add, back) if back else None,
+            _scaled(reduce(add, mine), times),
+            _scaled(reduce(add, back), times) if back else None,
             [(columns, outputs), (np.zeros(0, int), others)],
             outputs,
         )
+
+
+def _own(layer: Layer, grams: tuple[Gram, ...]) -> list[Gram]:
+    """Return the statistics of every model, where groups of features have their own without those it has no part in."""
+    c = layer.contraction
+    if not grams or grams[0].cross.ndim == 2:
+        return list(grams)
+    return [_masked(gram, has.astype(float)) for gram, has in zip(grams, c.wide.owners(c.batch_axis), strict=True)]
+
+
+def _masked(gram: Gram, has: np.ndarray) -> Gram:
+    inputs, cross, targets = (np.asarray(a) for a in (gram.inputs, gram.cross, gram.targets))
+    return replace(
+        gram, inputs=inputs * has[:, None, None], cross=cross * has[:, None, None], targets=targets * has[:, None]
+    )
+
+
+def _times(layer: Layer, piece: Piece) -> np.ndarray:
+    """Return how much larger than in one model's rows an input has to be, for outputs that several models share.
+
+    In the merged network all models' own inputs add up to such an output, which is the mean of theirs.
+    """
+    c = layer.contraction
+    sharing = c.wide.owners(c.in_axis)[np.asarray(piece.owners)].sum(0)
+    each = np.where(sharing > 0, sum(piece.owners) / np.maximum(sharing, 1), 1.0)
+    taps = prod(c.window.shape) if c.window else 1
+    return np.append(np.tile(each, taps), 1.0) if layer.constant else np.tile(each, taps)
+
+
+def _scaled(gram: Gram, times: np.ndarray) -> Gram:
+    """Return the statistics of the same rows with inputs so much larger."""
+    inputs, cross = np.asarray(gram.inputs), np.asarray(gram.cross)
+    return replace(gram, inputs=inputs * times * times[:, None], cross=cross * times[:, None])
 
 
 def _ridge(part: _Part, prior: np.ndarray, ridge: float | str, samples: int) -> float:
@@ -95,6 +134,8 @@ def _ridge(part: _Part, prior: np.ndarray, ridge: float | str, samples: int) -> 
         if part.held is None:
             raise ValueError("ridge 'held_back' chooses by batches held back; give two batches of data or more.")
         return choose_ridge(part.gram, part.held, prior, blocks=part.blocks)
+    if isinstance(ridge, str):
+        raise ValueError(f"ridge is {ridge!r}; give a number, 'auto' or 'held_back'.")
     return float(ridge)
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from permjax.files import atomic_path
-from permjax.merge.products import Sums, dot_sums
+from permjax.merge.products import Sums, dot_sums, whole
 from permjax.merge.windows import Window, conv_sums, pick_positions, sampled_sums
 from permjax.permutation import is_traced
 
@@ -238,9 +238,9 @@ def _bordered(sums: Sums, rows: int, bias: bool) -> Arrays:
     """Return X^T X, X^T Y and the squares of Y, with the constant column if asked."""
     inputs, cross, targets, x, y = sums
     if not bias:
-        return inputs, cross, targets
+        return whole(inputs), cross, targets
     corner = jnp.full((1, 1), rows, jnp.float64)
-    return jnp.block([[inputs, x[:, None]], [x[None], corner]]), jnp.concatenate([cross, y[None]]), targets
+    return whole((inputs, x[:, None], corner)), jnp.concatenate([cross, y[None]]), targets
 
 
 @jax.jit

@@ -80,7 +80,8 @@ class Layer:
         """Return a canonical output with a bias added."""
         if bias is None:
             return out
-        return out + jnp.asarray(bias, out.dtype).reshape((1,) * (out.ndim - 1) + (-1,))
+        lead = (out.shape[0],) if self.contraction.batch else (1,)
+        return out + jnp.asarray(bias, out.dtype).reshape((*lead, *(1,) * (out.ndim - 2), -1))
 
     def _mean(self, outs: Sequence[Any], models: Sequence[int]) -> Any:
         c = self.contraction

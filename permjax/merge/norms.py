@@ -25,20 +25,21 @@ def wide_statistics(wide: Wide, params: Any, batch_statistics: Sequence[Callable
         data: batches as tuples of inputs.
 
     Raises:
-        ValueError: there are no statistics, or they are not finite.
+        ValueError: there are no statistics or no batches, or statistics that are not finite.
     """
     names = [leaf.name for leaf in wide.spec.leaves if leaf.role == "statistic"]
     if not names:
         raise ValueError("The spec has no leaf of role statistic; name them by `statistics=` when you trace it.")
     network = BlockApply(wide, tuple(batch_statistics), "tuple")
 
-    @jax.jit
-    def collect(params: Any, *inputs: Any) -> dict[str, Any]:
+    def collect(params: Any, *inputs: Any) -> dict[str, Any]:  # op by op: compiling takes longer than running
         views = [tree.flatten(view) for view in network.views(params, *inputs)]
         return {name: _joined(wide, name, [view[name] for view in views]) for name in names}
 
     held = jax.tree.map(jnp.asarray, params)
     found = [{name: np.asarray(x, np.float64) for name, x in collect(held, *batch).items()} for batch in data]
+    if not found:
+        raise ValueError("`data` gave no batches; give a list of batches, each a tuple of inputs.")
     named = tree.flatten(params)
     fresh = {name: np.mean([batch[name] for batch in found], axis=0) for name in names}
     tree.check_finite(fresh, "the re-estimated statistics")

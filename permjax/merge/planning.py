@@ -12,6 +12,7 @@ from permjax.merge.block_apply import Apply, block_apply
 from permjax.merge.budget import cost
 from permjax.merge.initial import contracted_axes, wide_average
 from permjax.merge.partial import constrained_plan, partial_plan, widenable
+from permjax.merge.preparing import check_inputs
 from permjax.merge.ratios import ratios_for
 from permjax.merge.scores import matched_scores, unit_scores
 from permjax.merge.wide import Wide
@@ -70,6 +71,7 @@ def pleas_plan(
     """
     models = tuple(models)
     inputs = _inputs(next(iter(data), None))
+    check_inputs(apply, models[0], inputs)
     works = contractions(apply, spec, models[0], *inputs)
     size: dict[str, Any] = {"budget": budget, "params": params, "width": width}
     options: dict[str, Any] = {"models": len(models), "apart": tuple(apart), "whole": tuple(whole)}

@@ -15,7 +15,7 @@ from permjax.merge.statistics import Statistics
 from permjax.merge.sweep import Chunk, Sweep
 from permjax.plan import Plan
 from permjax.symmetry.capture import capture
-from permjax.symmetry.program import Use, survey
+from permjax.symmetry.program import Survey, Use, survey
 from permjax.symmetry.spec import PermutationSpec
 
 
@@ -55,6 +55,28 @@ def check_request(
         raise ValueError("mode 'separate' fits every parent's own results; targets 'owner' go with the other modes.")
     if positions is not None and key is None:
         raise ValueError("`positions` are drawn at random; give a `key`.")
+    for number, (_, owner) in enumerate(chunks):
+        if owner is not None and (owner.min() < 0 or owner.max() >= len(models)):
+            raise ValueError(
+                f"batch {number}: owners reach from {owner.min()} to {owner.max()}, but the models are numbered "
+                f"0..{len(models) - 1}."
+            )
+
+
+def check_inputs(apply: Apply, model: Any, inputs: Sequence[Any]) -> None:
+    """Check that a function takes a batch of data; nothing is computed.
+
+    Raises:
+        ValueError: tells the shapes and what is wrong with them.
+    """
+    try:
+        jax.eval_shape(apply, model, *inputs)
+    except (TypeError, ValueError) as error:
+        shapes = ", ".join(str(np.shape(x)) for x in jax.tree.leaves(inputs))
+        message = f"`apply` does not take batches of the calibration data, of shape {shapes}, with the models' leaves "
+        raise ValueError(
+            f"{message}({str(error).partition(chr(10))[0]}); give it data as the models were trained on."
+        ) from error
 
 
 def prepared(
@@ -81,7 +103,11 @@ def prepared(
     for index, (model, source) in enumerate(zip(models, network.wide.sources, strict=True)):
         source.validate({name: np.shape(leaf) for name, leaf in tree.flatten(model).items()}, f"model {index}")
     inputs = statistics.inputs if statistics is not None else chunks[0][0]
-    uses, biases = _uses(spec, network.applies[0], models[0], inputs)
+    for one, model in zip(network.applies, models, strict=True):
+        check_inputs(one, model, inputs)
+    used = survey(network.applies[0], models[0], *inputs)
+    network.check(used)
+    uses, biases = _times(used), _biases(spec, used, network.applies[0], models[0], inputs)
     summed = contracted_axes(network.applies[0], models[0], *inputs)
     named = {n: np.asarray(x) for n, x in tree.flatten(wide_average(network.wide, models, summed)).items()}
     if unknown := [name for name in keep if name not in named]:
@@ -95,16 +121,21 @@ def prepared(
     return Sweep(network, models, named, biases, fits, mode, constant, running, positions, key)
 
 
-def _uses(spec: PermutationSpec, apply: Apply, model: Any, inputs: Sequence[Any]) -> tuple[Counter, dict[str, str]]:
-    """Return how often every leaf is contracted at one place of the loops over it, and the bias added after it.
+def _times(used: Survey) -> Counter[str]:
+    """Return how often every leaf is used at one place of the loops over it.
 
     Transposed convolutions count twice, as they cannot be fitted either.
     """
-    uses = survey(apply, model, *inputs).uses
     counts: Counter[str] = Counter()
-    for (leaf, _), times in Counter((use.ref.leaf, use.ref.at) for use in uses).items():
+    for (leaf, _), times in Counter((use.ref.leaf, use.ref.at) for use in used.uses).items():
         counts[leaf] = max(counts[leaf], times)
-    counts.update(use.ref.leaf for use in uses if _is_transposed(use))
+    counts.update(use.ref.leaf for use in used.uses if _is_transposed(use))
+    counts.update(leaf for leaf in used.fetched if leaf in counts)
+    return counts
+
+
+def _biases(spec: PermutationSpec, used: Survey, apply: Apply, model: Any, inputs: Sequence[Any]) -> dict[str, str]:
+    """Return the bias that is added after every leaf, and after no other."""
     after: dict[str, str] = {}
 
     def trace(params: Any, *inputs: Any) -> None:
@@ -113,7 +144,8 @@ def _uses(spec: PermutationSpec, apply: Apply, model: Any, inputs: Sequence[Any]
 
     jax.eval_shape(trace, model, *inputs)
     served = Counter(after.values())
-    return counts, {leaf: bias for leaf, bias in after.items() if served[bias] == 1 and _fits(spec, leaf, bias)}
+    found = {use.ref.leaf: (use, after[use.ref.leaf]) for use in used.uses if use.ref.leaf in after}
+    return {leaf: bias for leaf, (use, bias) in found.items() if served[bias] == 1 and _fits(spec, use, bias)}
 
 
 def _is_transposed(use: Use) -> bool:
@@ -121,9 +153,10 @@ def _is_transposed(use: Use) -> bool:
     return any(n != 1 for n in use.eqn.params.get("lhs_dilation") or ())
 
 
-def _fits(spec: PermutationSpec, leaf: str, bias: str) -> bool:
-    """Tell whether a bias leaf has nothing but axes of the leaf that it follows."""
-    return spec.leaf(bias).role == "weight" and set(spec.leaf(bias).axes) <= set(spec.leaf(leaf).axes)
+def _fits(spec: PermutationSpec, use: Use, bias: str) -> bool:
+    """Tell whether a bias leaf has the axes of the loops over a leaf and of what it makes, and no others."""
+    axes, places = spec.leaf(use.ref.leaf).axes, (*(i for i, _ in use.ref.at), *use.made)
+    return spec.leaf(bias).role == "weight" and spec.leaf(bias).axes == tuple(axes[i] for i in places)
 
 
 def many(function: Callable | Sequence[Callable], count: int) -> tuple[Callable, ...]:

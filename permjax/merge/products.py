@@ -9,14 +9,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 _WHOLE = 256  # columns up to which a symmetric product is computed as a whole
-_CHUNK = 2**22  # float64 numbers of a chunk of samples that are held at a time
+_LEVELS = 3  # so often one is cut in halves at most: more saves little work and takes longer to compile
+_CHUNK = 2**19  # numbers of a chunk of rows, which then stay in the cache
+_THIN = 2**10  # a chunk has its numbers over this as rows or more, or adding up would outweigh multiplying
 
 
 class Sums(NamedTuple):
     """Sums over the rows of X and Y.
 
     Attributes:
-        inputs: X^T X, `[k, k]`, or its halves.
+        inputs: X^T X as nested (upper left, upper right, lower right), see `whole`.
         cross: X^T Y, `[k, n]`.
         targets: squares of Y, `[n]`.
         x: X, `[k]`.
@@ -29,40 +31,53 @@ class Sums(NamedTuple):
     x: Any
     y: Any
 
-    def whole(self) -> "Sums":
-        """Return the sums with X^T X put together from its halves."""
-        return self._replace(inputs=whole(self.inputs))
+
+def sums(x: Float[Array, "samples rows k"], y: Float[Array, "samples rows n"]) -> Sums:
+    """Return the sums over all rows, X^T X in halves, a block of the rows of every sample at a time."""
+    samples, rows, width = x.shape[0], x.shape[1], x.shape[2] + y.shape[2]
+    blocks = -(-rows // max(1, _fitting(width) // samples))
+    part = rows // blocks
+    first = rows - (blocks - 1) * part
+
+    def block(start: Any, size: int) -> Sums:
+        cut = (jax.lax.dynamic_slice_in_dim(v, start, size, axis=1) for v in (x, y))
+        return _block(*(v.reshape(-1, v.shape[-1]) for v in cut))
+
+    total = block(0, first)
+    if blocks == 1:
+        return total
+    starts = jnp.arange(first, rows, part)
+    return jax.lax.scan(lambda total, start: (jax.tree.map(jnp.add, total, block(start, part)), None), total, starts)[0]
 
 
-def sums(x: Float[Array, "rows k"], y: Float[Array, "rows n"]) -> Sums:
-    """Return the sums of these rows, X^T X in halves."""
-    x, y = x.astype(jnp.float64), y.astype(jnp.float64)
-    return Sums(half(x), product(x, y), (y * y).sum(0), x.sum(0), y.sum(0))
+def product(columns: Float[Array, "k rows"], b: Float[Array, "rows n"]) -> Float[Array, "k n"]:
+    """Return the product of a matrix by its columns, see `columns_of`, and another one at the highest precision."""
+    return jnp.matmul(columns, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def product(a: Float[Array, "rows k"], b: Float[Array, "rows n"]) -> Float[Array, "k n"]:
-    """Return a^T b at the highest precision."""
-    return jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST)
+def columns_of(x: Float[Array, "rows k"]) -> Float[Array, "k rows"]:
+    """Return the transpose in float64, laid out so: products of it are half as fast again as with a transposed view."""
+    return jax.lax.optimization_barrier(x.T).astype(jnp.float64)
 
 
-def half(x: Float[Array, "rows k"]) -> Any:
+def half(columns: Float[Array, "k rows"], levels: int = _LEVELS) -> Any:
     """Return X^T X as nested (upper left, upper right, lower right): about half of the work for many columns."""
-    middle = x.shape[1] // 2
-    if x.shape[1] <= _WHOLE:
-        return product(x, x)
-    a, b = x[:, :middle], x[:, middle:]
-    return half(a), product(a, b), half(b)
+    middle = columns.shape[0] // 2
+    if columns.shape[0] <= _WHOLE or levels == 0:
+        return product(columns, columns.T)
+    a, b = columns[:middle], columns[middle:]
+    return half(a, levels - 1), product(a, b.T), half(b, levels - 1)
 
 
 def whole(halves: Any) -> Float[Array, "k k"]:
-    """Return the symmetric matrix that `half` gave in parts."""
-    if not isinstance(halves, tuple):
-        return halves
-    corner, side, rest = whole(halves[0]), halves[1], whole(halves[2])
-    return jnp.block([[corner, side], [side.T, rest]])
+    """Return the symmetric matrix of nested (upper left, upper right, lower right)."""
+    size = _size(halves)
+    return _placed(halves, jnp.zeros((size, size), jnp.float64), 0)
 
 
-def chunked(function: Callable[..., Any], arrays: Sequence[Shaped[Array, "samples ..."]], size: int) -> Any:
+def chunked(
+    function: Callable[..., Any], arrays: Sequence[Shaped[Array, "samples ..."]], rows: int, numbers: int
+) -> Any:
     """Return `function(*arrays)` for a function that adds over samples, summed over chunks of them.
 
     A chunk takes every c-th sample, so that samples that are spread over devices stay where they are; missing ones are
@@ -71,10 +86,11 @@ def chunked(function: Callable[..., Any], arrays: Sequence[Shaped[Array, "sample
     Args:
         function: from arrays with samples first to a tree of sums.
         arrays: with the same number of samples.
-        size: numbers in memory for one sample.
+        rows: of one sample.
+        numbers: of one row in memory.
     """
     samples = arrays[0].shape[0]
-    wanted = -(-samples * size // _CHUNK)
+    wanted = -(-samples * rows // _fitting(numbers))
     chunks = min(samples, 1 << (wanted - 1).bit_length())
     if chunks == 1:
         return function(*arrays)
@@ -86,11 +102,33 @@ def chunked(function: Callable[..., Any], arrays: Sequence[Shaped[Array, "sample
 
 def dot_sums(x: Float[Array, "samples *rows k"], y: Float[Array, "samples *rows n"]) -> Sums:
     """Return the sums of a dense layer with inputs x and outputs y."""
+    flat = [v.reshape((v.shape[0], prod(v.shape[1:-1]), v.shape[-1])) for v in (x, y)]
+    return chunked(sums, flat, flat[0].shape[1], x.shape[-1] + y.shape[-1])
 
-    def rows(x: Array, y: Array) -> Sums:
-        return sums(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
 
-    return chunked(rows, (x, y), prod(x.shape[1:]) + prod(y.shape[1:])).whole()
+def _block(x: Float[Array, "rows k"], y: Float[Array, "rows n"]) -> Sums:
+    columns, y = columns_of(x), y.astype(jnp.float64)
+    return Sums(half(columns), product(columns, y), (y * y).sum(0), columns.sum(1), y.sum(0))
+
+
+def _size(halves: Any) -> int:
+    return _size(halves[0]) + _size(halves[2]) if isinstance(halves, tuple) else len(halves)
+
+
+def _placed(halves: Any, total: Float[Array, "k k"], start: int) -> Float[Array, "k k"]:
+    """Return a matrix with nested parts written at (start, start), every part once."""
+    if not isinstance(halves, tuple):
+        return jax.lax.dynamic_update_slice(total, halves, (start, start))
+    corner, side, rest = halves
+    middle = start + _size(corner)
+    total = _placed(rest, _placed(corner, total, start), middle)
+    total = jax.lax.dynamic_update_slice(total, side, (start, middle))
+    return jax.lax.dynamic_update_slice(total, side.T, (middle, start))
+
+
+def _fitting(numbers: int) -> int:
+    """Return how many rows of so many numbers a chunk holds."""
+    return max(1, _CHUNK // numbers, _CHUNK // _THIN)
 
 
 def _stacked(a: Shaped[Array, "samples ..."], chunks: int) -> Shaped[Array, "chunks part ..."]:

@@ -40,7 +40,7 @@ def ratios_for(
         width: the ratios themselves; groups that are not named have ratio 0.
         shape: how the ratios lie that a budget gives.
 
-            - `"uniform"`: one ratio for all groups.
+            - `"uniform"`: one ratio for all groups, up to a unit.
             - `"staged"`: in forward order the first groups are merged and the last ones separate; one lies between.
             - `"optimised"`: the largest sum of `w_g r_g`, with weights from probes. At the share t of the way from one
               parent (0) to all models (1), `w_g = max((1 - t) gain_g + t loss_g, 1e-5)`.
@@ -77,7 +77,7 @@ def ratios_for(
 
 
 def _uniform(price: Price, limit: float, *_) -> np.ndarray:
-    """Return the separate units for the largest common ratio that fits."""
+    """Return the separate units for the largest common ratio that fits, and one more of each group that still does."""
 
     def at(ratio: float) -> np.ndarray:
         return price.sizes - np.round((1 - ratio) * price.sizes).astype(np.int64)
@@ -88,7 +88,11 @@ def _uniform(price: Price, limit: float, *_) -> np.ndarray:
     while high - low > 1e-12:
         middle = (low + high) / 2
         low, high = (middle, high) if fits(price, at(middle), limit) else (low, middle)
-    return at(low)
+    units = at(low)
+    for step in np.eye(len(units), dtype=units.dtype):
+        trial = np.minimum(units + step, price.sizes)
+        units = trial if fits(price, trial, limit) else units
+    return units
 
 
 def _staged(price: Price, limit: float, _: Callable, order: Mapping[str, int]) -> np.ndarray:

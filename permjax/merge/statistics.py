@@ -66,8 +66,8 @@ class Statistics:
         return cls(found, inputs)
 
 
-def summed(a: Sequence[Gram], b: Sequence[Gram]) -> tuple[Gram, ...]:
-    """Return the sums of the statistics of one layer."""
+def summed(a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the sums of the statistics of one layer, of whatever kind."""
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 

@@ -155,7 +155,8 @@ def batches(data: Iterable, owners: Iterable | None) -> list[Chunk]:
     """Return batches with the owners of their samples.
 
     Raises:
-        ValueError: no batch, batches without the same number of samples in all inputs and owners, or NaN in them.
+        ValueError: no batch, batches unlike the first one or without the same number of samples in inputs and owners,
+            or NaN in them.
     """
     found = [tuple(b) if isinstance(b, tuple | list) else (b,) for b in data]
     if not found:
@@ -164,8 +165,17 @@ def batches(data: Iterable, owners: Iterable | None) -> list[Chunk]:
     if len(who) != len(found):
         raise ValueError(f"there are {len(found)} batches of data but {len(who)} of owners; give one for each.")
     for number, (inputs, owner) in enumerate(zip(found, who, strict=True)):
+        if (kind := _kind(inputs)) != _kind(found[0]):
+            raise ValueError(
+                f"batch {number} of the data has inputs {kind}, but batch 0 {_kind(found[0])} (shape of one sample and "
+                "dtype); all batches must be alike."
+            )
         _check_batch(number, inputs, owner)
     return list(zip(found, who, strict=True))
+
+
+def _kind(inputs: tuple) -> list[tuple[tuple[int, ...], str]]:
+    return [(np.shape(x)[1:], str(jnp.result_type(x))) for x in jax.tree.leaves(inputs)]
 
 
 def _check_batch(number: int, inputs: tuple, owner: Any) -> None:

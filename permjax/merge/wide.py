@@ -178,17 +178,18 @@ def mean_units(wide: Wide, axis: Axis, arrays: Sequence[Any], models: Sequence[i
     """
     if not wide.touches(axis):
         return arrays[0] if len(arrays) == 1 else sum(arrays[1:], start=arrays[0]) * _share(arrays[0], len(arrays))
-    place %= arrays[0].ndim
+    place, size = place % arrays[0].ndim, wide.wide_spec.size(axis)
     order = np.concatenate([wide.index(axis, m) for m in models])
-    joined, counts = jnp.concatenate(list(arrays), axis=place), np.bincount(order, minlength=wide.wide_spec.size(axis))
+    counts = np.bincount(order, minlength=size)
+    joined = jnp.concatenate([*arrays, jnp.zeros_like(jax.lax.slice_in_dim(arrays[0], 0, 1, axis=place))], axis=place)
     where, ends = np.argsort(order, kind="stable"), np.cumsum(counts)
-    if counts.min() >= 1 and counts.max() <= 2:  # two gathers are quicker than a scatter
-        first, last = where[ends - counts], where[ends - 1]
-        return (pick(joined, first, place) + pick(joined, last, place)) * _share(joined, 2)
-    shape = [len(counts) if i == place else n for i, n in enumerate(joined.shape)]
-    sums = jnp.zeros(shape, joined.dtype).at[(slice(None),) * place + (order,)].add(joined)
+    nth = [
+        np.where(k < counts, where[np.minimum(ends - counts + k, len(order) - 1)], len(order))
+        for k in range(counts.max())
+    ]
+    total = reduce(jnp.add, (pick(joined, units, place) for units in nth))
     column = [-1 if i == place else 1 for i in range(joined.ndim)]
-    return sums / jnp.asarray(np.maximum(counts, 1), joined.dtype).reshape(column)
+    return total / jnp.asarray(np.maximum(counts, 1), joined.dtype).reshape(column)
 
 
 def pick(array: Any, positions: Int[np.ndarray, " positions"], axis: int) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from permjax.merge.products import Sums, chunked, half, product, sums, whole
+from permjax.merge.products import Sums, chunked, columns_of, half, product, sums, whole
 
 _CHANNELS = 16  # channels from which products of shifted images are as fast as those of patches
 _WORK = 0.75  # share of the multiplications below which shifts are taken
@@ -69,9 +69,11 @@ def patch_sums(x: Float[Array, "samples *spatial c"], y: Float[Array, "samples *
 
     def rows(x: Array, y: Array) -> Sums:
         patches = jnp.stack([*_slices(x, window)], -2)
-        return sums(patches.reshape(-1, prod(patches.shape[-2:])), y.reshape(-1, y.shape[-1]))
+        lead = x.shape[0], prod(y.shape[1:-1])
+        return sums(patches.reshape((*lead, prod(patches.shape[-2:]))), y.reshape((*lead, y.shape[-1])))
 
-    return chunked(rows, (x, y), prod(y.shape[1:-1]) * (len(window.taps) * x.shape[-1] + y.shape[-1])).whole()
+    numbers = len(window.taps) * x.shape[-1] + y.shape[-1]
+    return chunked(rows, (x, y), prod(y.shape[1:-1]), numbers)
 
 
 def shift_sums(x: Float[Array, "samples *spatial c"], y: Float[Array, "samples *out n"], window: Window) -> Sums:
@@ -86,12 +88,13 @@ def shift_sums(x: Float[Array, "samples *spatial c"], y: Float[Array, "samples *
 
     def patches(x: Array) -> Any:
         found = jax.vmap(lambda image: _gathered(image, jnp.asarray(border), window))(x)
-        return half(found.reshape(-1, found.shape[-1]).astype(jnp.float64))
+        return half(columns_of(found.reshape(-1, found.shape[-1])))
 
-    inputs = _tiled(chunked(lambda x: _lagged(x, window), (x,), 3 * prod(x.shape[1:])), window)
+    rows, outputs = prod(spatial), y.shape[-1]
+    inputs = _tiled(chunked(lambda x: _lagged(x, window), (x,), rows, 3 * channels), window)
     if len(border):
-        inputs = inputs - whole(chunked(patches, (x,), len(border) * taps * channels))
-    rest = chunked(lambda x, y: _crossed(x, y, window), (x, y), 3 * prod(x.shape[1:]) + prod(y.shape[1:]))
+        inputs = inputs - whole(chunked(patches, (x,), len(border), taps * channels))
+    rest = chunked(lambda x, y: _crossed(x, y, window), (x, y), rows, 3 * channels + outputs)
     return rest._replace(inputs=inputs)
 
 
@@ -107,10 +110,9 @@ def sampled_sums(
     def rows(x: Array, y: Array, picks: Array) -> Sums:
         patches = jax.vmap(lambda image, chosen: _gathered(image, starts[chosen], window))(x, picks)
         outputs = jax.vmap(lambda image, chosen: image.reshape(-1, image.shape[-1])[chosen])(y, picks)
-        return sums(patches.reshape(-1, patches.shape[-1]), outputs.reshape(-1, y.shape[-1]))
+        return sums(patches, outputs)
 
-    size = picks.shape[1] * (len(window.taps) * x.shape[-1] + y.shape[-1])
-    return chunked(rows, (x, y, picks), size).whole()
+    return chunked(rows, (x, y, picks), picks.shape[1], len(window.taps) * x.shape[-1] + y.shape[-1])
 
 
 def pick_positions(key: Array, samples: int, positions: int, count: int) -> Int[Array, "samples count"]:
@@ -148,10 +150,10 @@ def _gathered(
 def _lagged(x: Float[Array, "samples *spatial c"], window: Window) -> Float[Array, "lags c c"]:
     """Return the products of the images and their shifted selves, for every other difference of places."""
     lags = _lags(window)
-    rows = x.astype(jnp.float64).reshape(-1, x.shape[-1])
+    columns = columns_of(x.reshape(-1, x.shape[-1]))
     padded = _padded(x, tuple((reach, reach) for reach in window.reach)).astype(jnp.float64)
     shifts = np.array(window.dilation) * lags[len(lags) // 2 :] + np.array(window.reach)
-    return jax.lax.map(lambda shift: product(rows, _seen(padded, shift, x.shape[1:-1])), jnp.asarray(shifts))
+    return jax.lax.map(lambda shift: product(columns, _seen(padded, shift, x.shape[1:-1])), jnp.asarray(shifts))
 
 
 def _tiled(lagged: Float[Array, "lags c c"], window: Window) -> Float[Array, "k k"]:
@@ -164,15 +166,16 @@ def _tiled(lagged: Float[Array, "lags c c"], window: Window) -> Float[Array, "k 
 
 def _crossed(x: Float[Array, "samples *spatial c"], y: Float[Array, "samples *out n"], window: Window) -> Sums:
     """Return all sums but X^T X, a place of the window at a time; strides of one."""
-    padded, y = _padded(x, window.padding).astype(jnp.float64), y.astype(jnp.float64)
-    rows = y.reshape(-1, y.shape[-1])
+    padded = _padded(x, window.padding).astype(jnp.float64)
+    columns = columns_of(y.reshape(-1, y.shape[-1]))
 
     def at(place: Array) -> tuple[Array, Array]:
         seen = _seen(padded, place, y.shape[1:-1])
-        return product(seen, rows), seen.sum(0)
+        return product(columns, seen), seen.sum(0)
 
     cross, total = jax.lax.map(at, jnp.asarray(window.places))
-    return Sums((), cross.reshape(-1, y.shape[-1]), (rows * rows).sum(0), total.reshape(-1), rows.sum(0))
+    cross = cross.swapaxes(1, 2).reshape(-1, len(columns))
+    return Sums((), cross, (columns * columns).sum(1), total.reshape(-1), columns.sum(1))
 
 
 def _padded(x: Float[Array, "samples *spatial c"], padding: tuple[tuple[int, int], ...]) -> Array:

@@ -28,7 +28,8 @@ class ResNetConfig:
         classes: number of logits.
         norm: LayerNorm over channels at each position, or BatchNorm.
         block: two 3 x 3 convolutions, or 1 x 1, 3 x 3, 1 x 1 with four times the channels at the end.
-        stem: one 3 x 3 convolution (`cifar`), or 7 x 7 with stride 2 and a pool (`imagenet`).
+        stem: one 3 x 3 convolution (`cifar`), the same with stride 2 (`strided`), or 7 x 7 with stride 2 and a pool
+            (`imagenet`).
     """
 
     model_type: ClassVar[str] = "resnet"
@@ -39,7 +40,7 @@ class ResNetConfig:
     classes: int = 10
     norm: Literal["layer", "batch"] = "layer"
     block: Literal["basic", "bottleneck"] = "basic"
-    stem: Literal["cifar", "imagenet"] = "cifar"
+    stem: Literal["cifar", "strided", "imagenet"] = "cifar"
 
     def __post_init__(self) -> None:
         """Refuse stages without channels or blocks."""
@@ -67,8 +68,9 @@ class ResNet(nn.Module):
 
     def _stem(self, x: Array, train: bool) -> Array:
         channels = self.config.channels[0] * self.config.width
-        if self.config.stem == "cifar":
-            return jax.nn.relu(normalise(nn.Conv(channels, (3, 3))(x), self.config.norm, train=train))
+        if self.config.stem != "imagenet":
+            stride = 2 if self.config.stem == "strided" else 1
+            return jax.nn.relu(normalise(nn.Conv(channels, (3, 3), stride)(x), self.config.norm, train=train))
         x = nn.Conv(channels, (7, 7), 2, padding=3)(x)
         x = jax.nn.relu(normalise(x, self.config.norm, train=train))
         return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]

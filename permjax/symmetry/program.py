@@ -71,6 +71,15 @@ class Use(NamedTuple):
             return (self.ref.axes[self.eqn.params["dimension_numbers"].rhs_spec[1]],)
         return tuple(self.ref.axes[int(i)] for i in self.eqn.params["dimension_numbers"][0][self.side])
 
+    @property
+    def made(self) -> tuple[int, ...]:
+        """The axes of the leaf that the result has: those of both operands first, then the output features."""
+        if self.eqn.primitive.name == "conv_general_dilated":
+            return (self.ref.axes[self.eqn.params["dimension_numbers"].rhs_spec[0]],)
+        summed, batch = (tuple(map(int, d[self.side])) for d in self.eqn.params["dimension_numbers"])
+        free = (i for i in range(len(self.ref.axes)) if i not in summed and i not in batch)
+        return tuple(self.ref.axes[i] for i in (*batch, *free))
+
 
 class Survey(NamedTuple):
     """How a function uses its leaves: contractions in forward order (their `other` is a tracer that must not be used),
