@@ -38,7 +38,7 @@ class LayerFit(NamedTuple):
 
 
 def fitted(
-    layer: Layer, grams: tuple[Gram, ...], held: tuple[Gram, ...], named: Mapping[str, Any], ridge: float | str
+    layer: Layer, grams: tuple[Gram, ...], held: tuple[Gram, ...], named: Mapping[str, Any], ridge: float | int | str
 ) -> tuple[LayerFit, dict[str, Any]]:
     """Fit one layer and return how that went, and the leaves that hold it now.
 
@@ -127,7 +127,7 @@ def _scaled(gram: Gram, times: np.ndarray) -> Gram:
     return replace(gram, inputs=inputs * times * times[:, None], cross=cross * times[:, None])
 
 
-def _ridge(part: _Part, prior: np.ndarray, ridge: float | str, samples: int) -> float:
+def _ridge(part: _Part, prior: np.ndarray, ridge: float | int | str, samples: int) -> float:
     if ridge == "auto":
         return default_ridge(samples)
     if ridge == "held_back":

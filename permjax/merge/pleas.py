@@ -26,7 +26,7 @@ from permjax.plan import Plan
 from permjax.steps import MergeState, Result
 from permjax.symmetry.spec import PermutationSpec
 
-Ridge: TypeAlias = float | Literal["auto", "held_back"]
+Ridge: TypeAlias = float | int | Literal["auto", "held_back"]
 Targets: TypeAlias = Literal["mean", "owner"]
 
 _HELD = 5  # every so-manieth batch is held back for the choice of the ridge
@@ -98,8 +98,8 @@ def pleas(
             every fifth batch (of two or more), layer by layer.
         keep: leaves that are not fitted, such as heads that are to be reused.
         batch_statistics: `batch_statistics(params, *inputs) -> params` with the statistics of a batch, for networks
-            with BatchNorm; the merged network gets the mean of these over the data, and runs with those of the batch
-            while its layers are fitted one after the other.
+            with BatchNorm; the merged network gets the mean of these over the data, and in mode `"sequential"` runs as
+            this function does, with those of the batch, while its layers are fitted one after the other.
         positions: use only so many random positions of every image in convolutions.
         key: for these positions.
         at_once: all data goes through the networks together, layer by layer, so that the statistics of one layer are in
@@ -200,9 +200,9 @@ class Pleas:
         positions: see `pleas`.
     """
 
-    budget: float | None = None
-    params: float | None = None
-    width: tuple[tuple[str, float], ...] | None = None
+    budget: float | int | None = None
+    params: float | int | None = None
+    width: tuple[tuple[str, float | int], ...] | None = None
     shape: str = "uniform"
     metric: str = "correlation"
     selection: Selection = "matched"
@@ -251,10 +251,26 @@ def _collected(sweep: Sweep, chunks: Sequence[Chunk]) -> Grams:
 
 def _visit_all(sweep: Sweep, inputs: Sequence[Any], grams: Grams, visit: Callable) -> None:
     layers = list(sweep.layers(inputs))
-    if missing := [layer.leaf for layer in layers if layer.leaf not in grams]:
-        raise ValueError(f"the statistics lack the layer '{missing[0]}'; collect them with the same plan and `keep`.")
+    for layer in layers:
+        _check_grams(sweep, layer, grams.get(layer.leaf, ()))
     for layer in layers:
         visit(layer, grams[layer.leaf], ())
+
+
+def _check_grams(sweep: Sweep, layer: Layer, grams: tuple[Gram, ...]) -> None:
+    """Check that statistics are there, of the mode, and for the weights of the plan."""
+    if not grams:
+        raise ValueError(f"the statistics lack the layer '{layer.leaf}'; collect them with the same plan and `keep`.")
+    if len(grams) != (sweep.count if sweep.mode == "separate" else 1):
+        raise ValueError(
+            f"the statistics of the layer '{layer.leaf}' are not those of mode '{sweep.mode}': there are {len(grams)} "
+            f"for {sweep.count} models; collect them in the same mode."
+        )
+    if (shape := layer.matrix(sweep.named).shape) != grams[0].cross.shape:
+        raise ValueError(
+            f"the statistics of the layer '{layer.leaf}' are for weights {grams[0].cross.shape}, but the plan makes "
+            f"{shape} of them (constant included); collect them with the same plan and `batch_statistics`."
+        )
 
 
 def _typed(sweep: Sweep, like: Any) -> dict[str, Any]:

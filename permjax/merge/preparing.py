@@ -117,8 +117,20 @@ def prepared(
     running = None
     if batch_statistics is not None and mode == "sequential":
         running = replace(network, applies=many(batch_statistics, len(models)))
+        _check_running(running.applies[0], models[0], inputs, used)
     constant = batch_statistics is not None
     return Sweep(network, models, named, biases, fits, mode, constant, running, positions, key)
+
+
+def _check_running(batch_statistics: Callable, model: Any, inputs: Sequence[Any], used: Survey) -> None:
+    theirs, wanted = (
+        [use.ref.leaf for use in found.uses] for found in (survey(batch_statistics, model, *inputs), used)
+    )
+    if theirs != wanted:
+        raise ValueError(
+            f"`batch_statistics` contracts {len(theirs)} leaves, `apply` {len(wanted)}, or others; in mode "
+            "'sequential' it has to run the whole network, as a training step does: layers are fitted on what it makes."
+        )
 
 
 def _times(used: Survey) -> Counter[str]:
