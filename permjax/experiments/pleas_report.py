@@ -8,7 +8,18 @@ import numpy as np
 
 from permjax import tree
 from permjax.experiments.pleas_figures import figures
-from permjax.experiments.pleas_rows import BASELINES, FIELDS, OWNERS, REFERENCES, TITLES, Row, Rows, Trials, check
+from permjax.experiments.pleas_rows import (
+    BASELINES,
+    FIELDS,
+    OWNERS,
+    REFERENCES,
+    TAUGHT,
+    TITLES,
+    Row,
+    Rows,
+    Trials,
+    check,
+)
 from permjax.experiments.pleas_scores import PROTOCOLS, paired_difference
 from permjax.experiments.pleas_tasks import SCENARIOS, Task
 from permjax.report import Outcome, Table, Text
@@ -143,8 +154,8 @@ def _tables(about: About, rows: Rows) -> Iterator[Table]:
     yield _reference_table(rows)
     field = "joint" if "joint" in rows.fields else "task"
     if any(rows.baseline(budget, field) for budget in rows.budgets):
-        yield _gain_table(rows, field)
-    yield _parents_table(rows)
+        yield _gain_table(about, rows, field)
+    yield _parents_table(about, rows)
     yield _cost_table(rows)
 
 
@@ -162,7 +173,7 @@ def _accuracy_table(about: About, rows: Rows, field: str) -> Table:
     caption = [PROTOCOLS["probe" if field == "probe" else about.protocol]]
     if "joint" not in rows.fields:
         caption.append("Here both accuracies agree, so one is shown.")
-    caption += [f"By cost in percent of one parent's; calibrated on {about.calibration}.", _owner_note(rows)]
+    caption += [f"By cost in percent of one parent's; calibrated on {about.calibration}.", _owner_note(about, rows)]
     caption += [_free_warning(about)] if "pleas_free" in rows.methods else []
     caption += [_over(rows)] if len(rows.trials) > 1 else []
 
@@ -172,9 +183,10 @@ def _accuracy_table(about: About, rows: Rows, field: str) -> Table:
     return _by_budget(f"{FIELDS[field]} [%]", rows, cell, " ".join(caption))
 
 
-def _owner_note(rows: Rows) -> str:
+def _owner_note(about: About, rows: Rows) -> str:
     """Name the methods that are told more than the others."""
-    told = " and ".join(f"‘{TITLES[method]}’" for method in rows.methods if method in OWNERS)
+    owners = (*OWNERS, *TAUGHT) if about.task.heads == "shared" else OWNERS
+    told = " and ".join(f"‘{TITLES[method]}’" for method in rows.methods if method in owners)
     return f"{told} know from which parent's domain each unlabelled calibration sample comes." if told else ""
 
 
@@ -197,7 +209,7 @@ def _reference_table(rows: Rows) -> Table:
     return Table("For comparison", columns, tuple(lines), caption)
 
 
-def _gain_table(rows: Rows, field: str) -> Table:
+def _gain_table(about: About, rows: Rows, field: str) -> Table:
     def cell(method: str, budget: int) -> str:
         baseline = rows.baseline(budget, field)
         if baseline is None or method == baseline:
@@ -207,14 +219,14 @@ def _gain_table(rows: Rows, field: str) -> Table:
     caption = (
         f"{FIELDS[field]} less that of the better activation permutation at the same budget, in points{_paired(rows)}."
     )
-    return _by_budget("Gain over permutation alone", rows, cell, f"{caption} {_owner_note(rows)}")
+    return _by_budget("Gain over permutation alone", rows, cell, f"{caption} {_owner_note(about, rows)}")
 
 
-def _parents_table(rows: Rows) -> Table:
+def _parents_table(about: About, rows: Rows) -> Table:
     def cell(method: str, budget: int) -> str:
         return _difference(rows, "task", (method, budget), ("parents", None))
 
-    caption = f"Task accuracy less that of the parents, in points{_paired(rows)}. {_owner_note(rows)}"
+    caption = f"Task accuracy less that of the parents, in points{_paired(rows)}. {_owner_note(about, rows)}"
     return _by_budget("Distance to the parents", rows, cell, caption)
 
 

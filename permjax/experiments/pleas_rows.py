@@ -32,6 +32,8 @@ METHODS = {
 }
 OWNERS = ("pleas_owner", "lstsq_identity_owner")
 """Methods that are told from which parent's domain a sample comes."""
+TAUGHT = ("distill_merged", "distill_scratch")
+"""Methods that are told so where the head is shared: it learns the logits of each sample's owner."""
 
 REFERENCES = {
     "parents": "parents",
