@@ -83,7 +83,7 @@ def case_of(name):
     return case.apply, case.params, case.inputs
 
 
-QUICK = {"mlp", "small resnet with batch norm", "depthwise and grouped convolutions", *OWN}
+QUICK = {"mlp", "small resnet with batch norm", "stacked layers in scan"}
 NAMES = [pytest.param(name, marks=[pytest.mark.fast] if name in QUICK else []) for name in (*ZOO, *OWN)]
 
 
@@ -122,7 +122,6 @@ def test_models_merged_plainly_are_their_average(net, drawn, plan_of, differ):
     assert differ(found, jax.jit(apply)(mean, *inputs)) <= 3e-6
 
 
-@pytest.mark.fast
 def test_layers_in_a_scan_are_merged_as_if_they_stood_one_after_the_other(drawn, plan_of, differ):
     case = zoo.CASES["stacked transformer in scan"]()
     names = ["q", "k", "v", "o", "w1", "b1", "w2"]

@@ -12,7 +12,7 @@ from permjax.merge.scores import unit_scores
 from permjax.symmetry.trace import trace_spec
 from permjax.symmetry.work import contractions
 
-pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("ordinary_promotion")]
+pytestmark = pytest.mark.usefixtures("ordinary_promotion")
 
 X = zoo.image(64, 6)
 DATA = [X[:40], X[40:]]
@@ -47,7 +47,7 @@ def relative(spec, plan):
 
 
 @pytest.mark.parametrize("shape", ["uniform", "staged", "optimised"])
-@pytest.mark.parametrize("budget", [1, 1.3, 2])
+@pytest.mark.parametrize("budget", [1, pytest.param(1.3, marks=pytest.mark.fast), 2])
 def test_a_budget_is_used_but_not_exceeded(spec, near, budget, shape):
     plan = planned(spec, near, budget=budget, shape=shape)
     used = relative(spec, plan)["flops"]
@@ -58,6 +58,7 @@ def test_a_budget_is_used_but_not_exceeded(spec, near, budget, shape):
         assert set(plan.labels[group][0]) & set(plan.labels[group][1]) == set(range(shared))
 
 
+@pytest.mark.fast
 def test_parameters_and_widths_can_be_asked_for_as_well(spec, near):
     plan = planned(spec, near, params=1.5)
     assert 1.4 <= relative(spec, plan)["dense_params"] <= 1.5
@@ -65,6 +66,7 @@ def test_parameters_and_widths_can_be_asked_for_as_well(spec, near):
     assert plan.widths == {FIRST: 25, SECOND: 16}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("metric", ["correlation", "distance"])
 def test_units_that_are_alike_are_merged_first(spec, near, metric):
     plan = planned(spec, near, width={FIRST: 0.5, SECOND: 0.75}, metric=metric)
@@ -106,6 +108,7 @@ def test_twins_have_nothing_to_gain_or_lose(spec, near):
     assert np.abs(list(probes.values())).max() <= 1e-9
 
 
+@pytest.mark.fast
 def test_the_group_in_which_models_differ_is_the_one_that_is_worth_something(spec, near, drawn):
     a = near[0]
     b = {**a, "w2": drawn(LIKE, 5)["w2"], "w3": drawn(LIKE, 5)["w3"]}
@@ -125,6 +128,7 @@ def test_probes_leave_out_groups_that_have_no_choice(spec, near):
 # what cannot be had
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -147,6 +151,7 @@ def test_requests_that_cannot_be_met_are_refused(spec, near, options, message):
         pleas_plan(spec, near, **{"apply": mlp, "data": DATA, **options})
 
 
+@pytest.mark.fast
 def test_new_pairs_are_for_two_models(spec, near):
     with pytest.raises(ValueError, match="selection is 'constrained' of 3 models"):
         planned(spec, (*near, near[0]), budget=1.2, selection="constrained")

@@ -14,6 +14,7 @@ from permjax.merge.partial import partial_plan
 from permjax.merge.pleas import pleas
 from permjax.merge.wide import Wide, mean_units
 from permjax.merge.zipping import zip_plan
+from permjax.plan import Plan
 from permjax.symmetry.capture import capture
 from permjax.symmetry.spec import Product
 from permjax.symmetry.trace import trace_spec
@@ -170,7 +171,6 @@ def test_convolutions_solve_their_least_squares(cnn_setting):
     assert_solves(cnn_setting, plan, 1e-2, result)
 
 
-@pytest.mark.fast
 def test_without_ridge_the_fit_is_plain_least_squares(mlp_setting):
     spec, models, apply, data = mlp_setting
     plan = partial_plan(spec, {"w1:1": 5, "w2:1": 2})
@@ -189,7 +189,6 @@ def test_where_data_leave_a_choice_the_least_change_is_made(mlp_setting):
     assert result.info.rank_deficient.tolist() == [False, True, True]
 
 
-@pytest.mark.fast
 def test_shared_units_take_the_results_of_the_samples_owner(mlp_setting):
     spec, models, apply, data = mlp_setting
     plan, owners = partial_plan(spec, {"w1:1": 5, "w2:1": 2}), [np.arange(len(x)) % 3 % 2 for x in data]
@@ -201,6 +200,28 @@ def test_shared_units_take_the_results_of_the_samples_owner(mlp_setting):
         return jnp.where(both, jnp.where(who[:, None] == 0, own[0], own[1]), own[0] + own[1])
 
     assert_solves(mlp_setting, plan, 1e-3, result, target)
+
+
+def test_units_in_which_the_owner_has_no_part_take_the_mean(mlp_setting, drawn):
+    spec, models, apply, data = mlp_setting
+    three, owners = (spec, [*models, drawn(MLP, 2)], apply, data), [np.arange(len(x)) % 3 for x in data]
+    alike = np.arange(6)
+    labels = {"w1:1": (np.arange(8),) * 3, "w2:1": (alike, np.array([0, 1, 2, 6, 6, 7]), alike + 2)}
+    plan = Plan(labels, {"w1:1": 8, "w2:1": 8})
+    result = pleas(spec, three[1], plan, apply=apply, data=data, ridge=1e-2, targets="owner", owners=owners)
+
+    def target(wide, out, outputs):
+        own, who = (
+            [np.asarray(mean_units(wide, out, [y], [m], -1)) for m, y in enumerate(outputs)],
+            np.concatenate(owners),
+        )
+        found, has = np.zeros_like(own[0]), wide.owners(out)
+        for row, unit in np.ndindex(found.shape):
+            parts = [own[m][row, unit] for m in range(3) if has[m, unit]]
+            found[row, unit] = own[who[row]][row, unit] if has[who[row], unit] else np.mean(parts)
+        return found
+
+    assert_solves(three, plan, 1e-2, result, target)
 
 
 def test_clusters_of_units_are_fitted_like_pairs(mlp_setting):
@@ -243,7 +264,6 @@ def test_sequential_layers_are_fitted_on_what_the_merged_network_makes(mlp_setti
         np.testing.assert_allclose(w, best(x, y, into, out, w0, penalty), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.fast
 def test_separate_fits_of_a_plain_merge_are_regmean(mlp_setting):
     spec, models, apply, data = mlp_setting
     result = pleas(spec, models, partial_plan(spec, {}), apply=apply, data=data, mode="separate", ridge=0)
@@ -272,7 +292,6 @@ def test_separate_fits_of_shared_outputs_let_every_models_own_units_add_up(mlp_s
 # details of the fit
 
 
-@pytest.mark.fast
 def test_the_ridge_follows_the_samples_or_what_is_held_back(mlp_setting):
     spec, models, apply, _ = mlp_setting
     plan = partial_plan(spec, {"w1:1": 5, "w2:1": 2})

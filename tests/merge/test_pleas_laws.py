@@ -29,6 +29,7 @@ LIKE = {
     "w1": zoo.shape(5, 8), "b1": zoo.shape(8), "w2": zoo.shape(8, 6), "b2": zoo.shape(6), "w3": zoo.shape(6, 3),
     "b3": zoo.shape(3),
 }  # fmt: skip
+MODES = [pytest.param("parallel", marks=pytest.mark.fast), "sequential", "separate"]
 
 
 def mlp(p, x):
@@ -55,7 +56,9 @@ TWINS = {
     "layers in scan": (STACKED.apply, STACKED.params, zoo.tokens(40, 5)),
 }
 PAIRS = [
-    *(pytest.param("mlp", mode, marks=pytest.mark.fast) for mode in ("parallel", "sequential", "separate")),
+    pytest.param("mlp", "parallel", marks=pytest.mark.fast),
+    ("mlp", "sequential"),
+    ("mlp", "separate"),
     ("grouped convolutions", "sequential"),
     ("grouped convolutions", "separate"),
     ("layers in scan", "parallel"),
@@ -98,8 +101,7 @@ def test_twins_that_own_their_samples_are_themselves(twins, plan_of, differ):
 # kept apart
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize("mode", ["parallel", "sequential", "separate"])
+@pytest.mark.parametrize("mode", MODES)
 def test_models_kept_apart_are_fitted_to_themselves(spec, drawn, plan_of, differ, mode):
     parents = [{**drawn(LIKE, seed), "b3": np.ones(3, np.float32)} for seed in range(3)]  # one bias fits them all
     plan = plan_of(spec, 1, 3)
@@ -111,8 +113,7 @@ def test_models_kept_apart_are_fitted_to_themselves(spec, drawn, plan_of, differ
 # the order of models
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize("mode", ["parallel", "sequential", "separate"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_order_of_models_does_not_matter(spec, drawn, differ, mode):
     aligned = activation_matching(spec, [drawn(LIKE, 0), drawn(LIKE, 1)], apply=mlp, data=[X]).models
     found = []
@@ -131,7 +132,6 @@ def test_the_order_of_models_does_not_matter(spec, drawn, differ, mode):
 # scales
 
 
-@pytest.mark.fast
 def test_with_canonical_scale_the_scale_of_a_parents_units_does_not_matter(spec, drawn, differ):
     a, b = drawn(LIKE, 0), drawn(LIKE, 1)
     first, second = (10 ** np.random.default_rng(s).uniform(-3, 3, n).astype(np.float32) for s, n in ((0, 8), (1, 6)))
