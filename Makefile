@@ -34,6 +34,7 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/assignment.py
 	$(BIN)/python benchmarks/frank_wolfe.py
 	$(BIN)/python benchmarks/matching.py
+	$(BIN)/python benchmarks/pleas.py
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "permjax needs Python 3.11 or newer on the PATH (or PYTHON=/path/to/python)."; exit 1; }
