@@ -19,7 +19,8 @@ Every case has a process of its own with pinned threads.
   64 per image, at the parents' width and at a budget of 1.2.
 - `merge`: activation matching, plan and parallel fit of all layers, batch by batch, with the statistics of BatchNorm.
   `formula_gib` is what was resident before the fit, the Grams of all layers (8 (k^2 + k n) bytes for k inputs with
-  their windows and n outputs), and five matrices like the largest one (sums over batches, solution).
+  their windows and n outputs), and five matrices like the largest one (sums over batches, solution). The activations of
+  a batch stand beside the Grams, but before the solutions: they show with large batches only.
 
 For the last two, plain seconds and those of the processor on all threads.
 """
@@ -350,6 +351,10 @@ def measure(case: str, args: argparse.Namespace) -> dict:
     return {"threads": args.threads, **fresh(args.threads, "merge", args.images, args.batch, args.positions)}
 
 
+def about(row: dict) -> tuple:
+    return tuple(row.get(name) for name in ("case", "images", "batch", "positions"))
+
+
 def rounded(row: Any) -> Any:
     if isinstance(row, dict):
         return {name: rounded(value) for name, value in row.items()}
@@ -379,7 +384,7 @@ def main() -> None:
     kept = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     for case in args.cases:
         row = rounded(measure(case, args))
-        kept = [old for old in kept if old["case"] != case] + [row]
+        kept = [old for old in kept if about(old) != about(row)] + [row]
         print(json.dumps(row, indent=1), flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"setting": setting, "rows": kept}, indent=1) + "\n")
