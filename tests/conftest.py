@@ -1,6 +1,7 @@
 """One house for all tests: CPU with four virtual devices, strict arrays, checked annotations."""
 
 import os
+import resource
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,6 +23,7 @@ hypothesis.settings.register_profile("permjax", deadline=None, max_examples=10, 
 hypothesis.settings.load_profile("permjax")
 
 TESTS = Path(__file__).parent
+_PEAK = {"at the last clearing": 0}  # KiB
 STRICT_FOLDERS = {"symmetry", "match", "merge", "lmc", "lora"}
 STRICT_FILES = {f"test_{floor}.py" for floor in ("tree", "permutation", "plan", "action", "files", "steps")}
 
@@ -35,6 +37,16 @@ def strict_promotion(request):
             yield
     else:
         yield
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory():
+    """Forget compiled programs whenever they and all else have made the process grow by another GiB."""
+    yield
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if peak > _PEAK["at the last clearing"] + (1 << 20):
+        jax.clear_caches()
+        _PEAK["at the last clearing"] = peak
 
 
 # A small zoo of symmetries, one for each way in which groups stand in leaves.
