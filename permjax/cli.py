@@ -18,6 +18,7 @@ _FILE_COMMANDS = {
     "align": "Bring the units of models in checkpoint files into the order of those of the first.",
     "merge": "Align models in checkpoint files and merge them into one.",
 }
+_LORA = "Merge LoRA adapters, inspect one, or extract one from two checkpoints."
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parsed(arguments: Sequence[str]) -> Any:
     wanted = next(iter(arguments), "")
+    if wanted == "lora":
+        lora = import_module("permjax.experiments.lora_commands")
+        return tyro.cli(lora.Lora, prog="permjax lora", description=_LORA, args=arguments[1:])
     kinds: list[Any] = [
         Annotated[Run, tyro.conf.subcommand("run", description="Run an experiment and report what it found.")]
     ]
     for name, description in _FILE_COMMANDS.items():
         cls = getattr(import_module("permjax.experiments.commands"), name.title()) if name == wanted else _Unread
         kinds.append(Annotated[cls, tyro.conf.subcommand(name, description=description)])
+    kinds.append(Annotated[_Unread, tyro.conf.subcommand("lora", description=_LORA)])
     description = "Find, use and check the permutation symmetries of neural networks."
     commands: Any = Union[tuple(kinds)]  # noqa: UP007
     return tyro.cli(commands, prog="permjax", description=description, args=arguments)
@@ -85,11 +90,34 @@ def _run(options: Any, command: str) -> None:
         finished = run(
             options.config, options.out, options.overrides, force=options.force, visible=visible, command=command
         )
+    elif type(options).__name__.startswith("Lora"):
+        from permjax.experiments import lora_commands
+
+        outcome, finished = lora_commands.run(options, command)
+        _tell(outcome, tables=finished is None)
     else:
         from permjax.experiments import commands
 
         finished = commands.run(options, command)
-    _show(finished)
+    if finished is not None:
+        _show(finished)
+
+
+def _tell(outcome: Any, *, tables: bool) -> None:
+    """Print what was found, in words, and the tables as well where there is no report that has them."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from permjax.report import format_value
+
+    console = Console(markup=False, highlight=False, width=1000)  # a longer line is broken by the terminal
+    console.print(outcome.summary + "\n", soft_wrap=True)
+    for table in outcome.tables if tables else ():
+        first, *others = table.columns
+        shown = Table(first, *(Column(name, justify="right") for name in others), box=None, pad_edge=False)
+        for row in table.rows:
+            shown.add_row(*map(format_value, row))
+        console.print(shown)
 
 
 def _show(finished: Any) -> None:

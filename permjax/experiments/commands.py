@@ -15,7 +15,7 @@ from permjax.experiments.progress import Progress
 from permjax.experiments.runs import Finished, read_metrics
 from permjax.report import Outcome, write_report
 
-_Weights = Annotated[
+Weights = Annotated[
     tuple[float, ...] | None,
     PrimitiveConstructorSpec(
         nargs=1,
@@ -26,6 +26,8 @@ _Weights = Annotated[
     ),
     arg(help_behavior_hint=""),
 ]
+"""Numbers between commas."""
+
 _Models = Annotated[tuple[str, ...], Positional, arg(metavar="A B [C ...]", help_behavior_hint="")]
 _Out = Annotated[str, arg(aliases=("-o",), metavar="OUT")]
 _File = Annotated[str | None, arg(metavar="FILE")]
@@ -82,7 +84,7 @@ class Merge(MergeOptions):
     samples: _Count = None
     plan: _File = None
     init: _File = None
-    weights: _Weights = None
+    weights: Weights = None
     pleas: Annotated[Pleas, arg(name="")] = Pleas()
     progress: bool = True
 
