@@ -13,6 +13,7 @@ _MODULES = {
     "lmc": "permjax.experiments.lmc",
     "lmc_gpt": "permjax.experiments.lmc_gpt",
     "pleas": "permjax.experiments.pleas",
+    "lora_tasks": "permjax.experiments.lora_tasks",
 }
 
 
