@@ -35,6 +35,7 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/frank_wolfe.py
 	$(BIN)/python benchmarks/matching.py
 	$(BIN)/python benchmarks/pleas.py
+	$(BIN)/python benchmarks/lora_merge.py
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "permjax needs Python 3.11 or newer on the PATH (or PYTHON=/path/to/python)."; exit 1; }
