@@ -10,8 +10,6 @@ from permjax.experiments.distillation import distill, weighted_error
 from permjax.nets.registry import build, config_from_dict
 from permjax.tree import flatten
 
-pytestmark = pytest.mark.fast
-
 KEY = jax.random.key(0)
 X = [np.random.default_rng(i).standard_normal((n, 5)).astype(np.float32) for i, n in enumerate((20, 20, 20, 7))]
 

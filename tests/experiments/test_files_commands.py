@@ -19,8 +19,6 @@ from permjax.permutation import random_permutations
 from permjax.plan import Plan
 from permjax.symmetry.trace import trace_spec
 
-pytestmark = pytest.mark.fast
-
 BF16 = ml_dtypes.bfloat16
 MLP = {"model_type": "mlp", "input_shape": [4], "hidden": [8, 6], "classes": 3}
 GPT2 = {"model_type": "gpt2", "vocab_size": 7, "n_positions": 6, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_inner": 10}

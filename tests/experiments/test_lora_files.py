@@ -15,8 +15,6 @@ from permjax.io.checkpoint import open_checkpoint, save_checkpoint
 from permjax.lora.formats import open_adapter, save_adapter
 from permjax.lora.pool import Factors
 
-pytestmark = pytest.mark.fast
-
 SIZES = {f"layers.{i}.{name}": size for i in range(2) for name, size in {"q_proj": (8, 9), "up_proj": (12, 8)}.items()}
 HIDDEN = Progress(visible=False)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -9,8 +9,6 @@ from permjax.data.generated import blobs
 from permjax.experiments.pleas_calibration import calibration, foreign_calibration
 from permjax.experiments.pleas_tasks import SCENARIOS, make_task
 
-pytestmark = pytest.mark.fast
-
 TASK = make_task(digits(), "classes")
 
 

@@ -26,8 +26,6 @@ from permjax.merge.pleas import pleas
 from permjax.nets.registry import build, config_from_dict
 from permjax.permutation import random_permutations
 
-pytestmark = pytest.mark.fast
-
 MLP = {"model_type": "mlp", "input_shape": [4], "hidden": [8, 6], "classes": 3}
 NET = build(config_from_dict(MLP))
 X = jnp.asarray(np.random.default_rng(5).standard_normal((40, 4), np.float32))

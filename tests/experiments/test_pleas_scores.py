@@ -18,8 +18,6 @@ from permjax.experiments.pleas_scores import (
 )
 from permjax.experiments.pleas_tasks import make_task
 
-pytestmark = pytest.mark.fast
-
 DATA = digits()
 OWN, SHARED, DOMAINS = (make_task(DATA, scenario) for scenario in ("classes", "halves", "domains"))
 

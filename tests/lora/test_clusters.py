@@ -13,8 +13,6 @@ from permjax.lora.balance import balanced_labels
 from permjax.lora.clusters import kernel_kmeans
 from permjax.lora.pool import Pool
 
-pytestmark = pytest.mark.fast
-
 
 def clustered(points, k, *, weights=None, key=0, **limits):
     weights = np.ones(len(points)) if weights is None else weights

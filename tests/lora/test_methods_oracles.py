@@ -11,8 +11,6 @@ from permjax.lora.merge import merge_loras
 from permjax.lora.methods import METHODS, lora_method
 from permjax.lora.pool import Factors
 
-pytestmark = pytest.mark.fast
-
 WEIGHTS = np.array([0.5, 0.2, 0.6])
 RANK = 4
 CASES = {"narrow": (24, 20, (4, 3, 5)), "more pieces than sizes": (9, 10, (4, 4, 4))}

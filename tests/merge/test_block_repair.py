@@ -16,7 +16,7 @@ from permjax.merge.repair import repair
 from permjax.merge.wide import Wide
 from permjax.symmetry.trace import trace_spec
 
-pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("ordinary_promotion")]
+pytestmark = pytest.mark.usefixtures("ordinary_promotion")
 
 X = zoo.image(60, 5)
 MLP = {"w1": zoo.shape(5, 8), "b1": zoo.shape(8), "w2": zoo.shape(8, 6), "b2": zoo.shape(6), "w3": zoo.shape(6, 3)}

@@ -14,7 +14,7 @@ from permjax.steps import MergeState
 from permjax.symmetry.spec import PermutationSpec, Product, Sum
 from permjax.symmetry.trace import trace_spec
 
-pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("ordinary_promotion")]
+pytestmark = pytest.mark.usefixtures("ordinary_promotion")
 
 
 @pytest.fixture

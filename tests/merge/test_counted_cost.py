@@ -16,7 +16,7 @@ from permjax.merge.wide import Wide
 from permjax.symmetry.trace import trace_spec
 from permjax.symmetry.work import contractions
 
-pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("ordinary_promotion")]
+pytestmark = pytest.mark.usefixtures("ordinary_promotion")
 
 VIT = {"model_type": "vit", "input_shape": [8, 8, 3], "patch": 4, "width": 24, "depth": 1, "heads": 4, "mlp": 48}
 NETS = {

@@ -13,8 +13,6 @@ from permjax.merge.repair import reestimate_statistics
 from permjax.merge.wide import Wide
 from permjax.symmetry.spec import PermutationSpec
 
-pytestmark = pytest.mark.fast
-
 SHAPES = {"w1": (5, 8), "mean": (8,), "var": (8,), "w2": (8, 3)}
 AXES = {"w1": (None, "h"), "mean": ("h",), "var": ("h",), "w2": ("h", None)}
 SPEC = PermutationSpec.from_axes(SHAPES, AXES, roles={"mean": "statistic", "var": "statistic"})
