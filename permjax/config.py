@@ -260,9 +260,9 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def _names_of(cls: Any) -> dict[str, str]:
-    """The class variables by which a table names its class."""
+    """The class variables by which a table names its class: those that are text."""
     hints = typing.get_type_hints(cls)
-    return {key: getattr(cls, key) for key, hint in hints.items() if get_origin(hint) is ClassVar}
+    return {key: getattr(cls, key) for key, hint in hints.items() if hint == ClassVar[str]}
 
 
 def _keys(hint: Any, section: str = "") -> Iterator[str]:

@@ -205,6 +205,18 @@ def test_a_key_that_names_the_class_must_name_this_class():
         from_dict(Deep, {"model_type": "wide"}, where="the file")
 
 
+def test_class_variables_other_than_text_are_no_keys():
+    @dataclass(frozen=True)
+    class Method:
+        on_host: ClassVar[bool] = True
+        parts: ClassVar[tuple[str, ...]] = ("mean",)
+        rank: int = 4
+
+    assert from_dict(Method, {"rank": 2}, where="here") == Method(2)
+    with pytest.raises(ConfigError, match="unknown key 'on_host'"):
+        from_dict(Method, {"on_host": True}, where="here")
+
+
 def test_a_wrong_item_of_a_list_is_told_what_items_may_be():
     @dataclass(frozen=True)
     class Choice:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from permjax.experiments.architectures import FilesError
-from permjax.experiments.lora_files import Dtype, check_place
+from permjax.experiments.lora_files import Dtype, check_target
 from permjax.experiments.progress import Progress
 from permjax.io.checkpoint import Checkpoint, open_checkpoint
 from permjax.lora.extract import extract_lora
@@ -79,7 +79,7 @@ def extract(options: LoraExtractOptions, progress: Progress) -> ExtractedFiles:
     if options.rank < 1:
         raise FilesError(f"--rank {options.rank} is no rank; give a whole number above 0.")
     base, tuned = open_checkpoint(options.base), open_checkpoint(options.tuned)
-    check_place(options.out, "peft", [base.path, tuned.path])
+    check_target(options.out, "peft", [base.path, tuned.path])
     _check_same(base, tuned)
     chosen = set(_chosen(base, options.targets))
     modules: dict[str, Factors] = {}

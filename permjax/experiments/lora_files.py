@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,11 +14,12 @@ from permjax.experiments.architectures import FilesError
 from permjax.experiments.progress import Progress
 from permjax.lora.formats import AdapterFiles, common_names, open_adapter, save_adapter
 from permjax.lora.inspection import Inspection, inspect
-from permjax.lora.merge import Method, merge_loras
+from permjax.lora.merge import Method, checked_weights, merge_loras
 from permjax.lora.methods import METHODS
-from permjax.lora.pool import Factors, Merged
+from permjax.lora.pool import Factors, Merged, module_names
 from permjax.lora.quality import Quality, lora_quality
 from permjax.lora.ranks import rank_for_energy, ranks_for_budget, spectra
+from permjax.lora.saving import check_place
 from permjax.tree import nearest
 
 Style = Literal["peft", "kohya", "diffusers"]
@@ -131,8 +132,8 @@ def _examined(options: LoraMergeOptions) -> Job:
     name, merger = chosen_method(options.method, options.settings)
     ranks, weights = rank_choice(options.rank), _weights(options)
     adapters = common_names([open_adapter(path, force=options.force) for path in options.adapters])
-    check_place(options.out, options.style or adapters[0].style, [one.path for one in adapters])
-    names = list(dict.fromkeys(module for one in adapters for module in one))
+    check_target(options.out, options.style or adapters[0].style, [one.path for one in adapters])
+    names = module_names(adapters)
     for module in names:
         _check_alike(module, adapters)
     if ranks.kind == "budget" and ranks.number < len(names):
@@ -156,9 +157,7 @@ def chosen_method(method: str, settings: Sequence[str]) -> tuple[str, Method]:
         known = [*_ALIASES, *known]
         raise FilesError(f"There is no method {method!r}{nearest(method, known)}; known are {', '.join(known)}.")
     cls: Any = METHODS[name]
-    plain = make_dataclass(name, [(field.name, field.type, field.default) for field in fields(cls)])
-    values = from_dict(plain, dict(map(_setting, settings)), where=f"--set for {name}")
-    return name, cls(**asdict(values))
+    return name, from_dict(cls, dict(map(_setting, settings)), where=f"--set for {name}")
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -195,26 +194,22 @@ def _weights(options: LoraMergeOptions) -> np.ndarray:
     count = len(options.adapters)
     if count < 1:
         raise FilesError("There is no adapter to merge; name at least one.")
-    if options.weights is None:
-        return np.full(count, 1 / count, np.float32)
-    weights = np.asarray(options.weights, np.float32)
-    if len(weights) != count or not np.isfinite(weights).all() or not weights.any():
-        given = ",".join(f"{w:g}" for w in weights)
-        raise FilesError(f"--weights {given}: {count} adapters need as many finite numbers, not all of them 0.")
-    return weights
+    try:
+        return checked_weights(options.weights, count)
+    except ValueError:
+        given = ",".join(f"{w:g}" for w in options.weights or ())
+        message = f"--weights {given}: {count} adapters need as many finite numbers, not all of them 0."
+        raise FilesError(message) from None
 
 
-def check_place(out: str, style: str, taken: Sequence[Path]) -> None:
+def check_target(out: str, style: str, taken: Sequence[Path]) -> None:
     """Refuse a target that is no place for an adapter of the style, or that is one of the files that are read.
 
     Raises:
-        FilesError: names the target.
+        ValueError: names the target.
     """
     target = Path(out)
-    single = target.suffix == ".safetensors" and not target.is_dir()
-    if (style == "peft") == single or (style == "peft" and target.is_file()):
-        wanted = "a folder" if style == "peft" else "a file name that ends in .safetensors"
-        raise FilesError(f"{out} is no place for an adapter of style {style}; give {wanted}, or another --style.")
+    check_place(target, style)
     for path in taken:
         places = {path.resolve(), path.parent.resolve()} if path.is_file() else {path.resolve()}
         if target.resolve() in places:

@@ -64,7 +64,7 @@ class Judge(NamedTuple):
         self, adapter: Adapter, factors: Sequence[float], examples: Examples
     ) -> Float[np.ndarray, "factors sets"]:
         """In percent, of the base model with multiples of an adapter's updates."""
-        full = {name: padded(jnp.asarray(f.a), jnp.asarray(f.b), self.rank) for name, f in adapter.items()}
+        full = {name: padded(*f, self.rank) for name, f in adapter.items()}
         run = _program(self.model.net)
         return 100 * np.asarray(run(self.model.params, full, jnp.asarray(factors), *examples))
 

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from permjax import tree
 from permjax.experiments.lora_tasks_data import Examples, Language
-from permjax.lora.pool import Adapter, Factors
+from permjax.lora.pool import Adapter, Factors, padded
 from permjax.nets.base import Net
 from permjax.nets.gpt import GPT2Config
 from permjax.nets.registry import build
@@ -135,7 +135,7 @@ def _start(model: Model, size: int, rank: int, key: Any) -> dict[str, Factors]:
     for number, name in enumerate(modules(model.net)):
         inputs, outputs = model.params[f"{name}.weight"].shape
         a = jax.random.normal(jax.random.fold_in(key, number), (size, inputs)) / np.sqrt(inputs)
-        found[name] = Factors(jnp.pad(a, ((0, rank - size), (0, 0))), jnp.zeros((outputs, rank)))
+        found[name] = padded(a, jnp.zeros((outputs, size)), rank)
     return found
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from permjax.lora.pool import Factors, Pool, padded
+from permjax.permutation import namespace
 
 
 class Core(NamedTuple):
@@ -60,7 +61,19 @@ def updates(core: Core, pool: Pool) -> Float[Array, "adapters p q"]:
 def truncated(x: Float[Array, "p q"], rank: int) -> Factors:
     """Return the best approximation of a matrix of some rank, singular values shared evenly (Eckart, Young 1936)."""
     u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-    root = jnp.sqrt(s[:rank])
+    return from_svd(u, s, vt, rank)
+
+
+def from_svd(u: Any, s: Any, vt: Any, rank: int) -> Factors:
+    """Return the first singular vectors as factors, singular values shared evenly; NumPy arrays stay NumPy.
+
+    Args:
+        u: `[p, n]`.
+        s: `[n]`, the largest first.
+        vt: `[n, q]`.
+        rank: of the factors, filled up with zeros beyond n.
+    """
+    root = namespace(s).sqrt(s[:rank])
     return padded(root[:, None] * vt[:rank], u[:, :rank] * root[None], rank)
 
 

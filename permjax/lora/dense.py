@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from scipy.sparse.linalg import svds
 
 from permjax.lora.base import Base
+from permjax.lora.core import from_svd
 from permjax.lora.elementwise import MAJORITIES, agreed, check_choice, check_density, thinned, weighted
 from permjax.lora.pool import Factors, Merged, Pool
 
@@ -124,9 +125,7 @@ def _merged(pool: Pool, rank: int, rule: Callable[[Any, int], Any]) -> Merged:
     with jax.default_matmul_precision("highest"):
         for rows in _slices(*shape):
             merged[rows] = rule(np.stack([one.b[rows] @ one.a for one in parts]), rows.start)
-    u, s, vt = _leading(merged, min(rank, *shape))
-    root, more = np.sqrt(s), rank - len(s)
-    a, b = np.pad(root[:, None] * vt, ((0, more), (0, 0))), np.pad(u * root, ((0, 0), (0, more)))
+    a, b = from_svd(*_leading(merged, min(rank, *shape)), rank)
     return Merged(a.astype(np.float32), b.astype(np.float32))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from sklearn.utils.extmath import randomized_svd
 
+from permjax.lora.core import from_svd
 from permjax.lora.pool import Factors
 
 EXACT = 768
@@ -57,10 +58,8 @@ def extract_lora(base: Any, tuned: Any, rank: int) -> Extracted:
     change = (new - old).reshape(len(old), -1)
     total = float(np.sum(np.linalg.norm(change, axis=1).astype(float) ** 2))
     u, s, vt = _decomposed(change, min(rank, *change.shape))
-    root, more = np.sqrt(s), max(rank - len(s), 0)
-    a, b = np.pad(root[:, None] * vt, ((0, more), (0, 0))), np.pad(u * root, ((0, 0), (0, more)))
     kept = min(float(np.sum(s.astype(float) ** 2)) / total, 1.0) if total > 0 else 1.0
-    return Extracted(Factors(a, b), float(np.sqrt(total)), kept)
+    return Extracted(from_svd(u, s, vt, rank), float(np.sqrt(total)), kept)
 
 
 def _decomposed(change: Float[np.ndarray, "out in"], rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,17 +1,18 @@
 """Merging adapters: modules of one shape are merged together, one compiled program for every shape."""
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from permjax import tree
-from permjax.lora.buckets import each, one_thread
-from permjax.lora.pool import Adapter, Factors, Merged, Pool
+from permjax.lora.buckets import mapped
+from permjax.lora.pool import Adapter, Factors, Merged, Pool, module_names
 from permjax.permutation import is_traced
 
 
@@ -37,12 +38,18 @@ class Method(Protocol):
         ...
 
 
-class _Job(NamedTuple):
-    """One module to be merged."""
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["pool", "weights", "key", "inputs"], meta_fields=["method", "rank"]
+)
+@dataclass(frozen=True)
+class _Job:
+    """One module to be merged: programs are compiled for a method, a rank and the shapes of the arrays."""
 
-    name: str
-    pool: Pool
+    method: Method
     rank: int
+    pool: Pool
+    weights: Any
+    key: Any
     inputs: Any
 
 
@@ -79,11 +86,17 @@ def merge_loras(
     Example:
         >>> merged = merge_loras([first, second], LoraLego(), rank=8)
     """
-    weights = _weights(weights, len(adapters))
+    weights = checked_weights(weights, len(adapters))
     key = jax.random.key(0) if key is None else key
-    jobs = [_job(name, adapters, method, rank, inputs) for name in dict.fromkeys(n for one in adapters for n in one)]
-    done = dict(_on_host(method, jobs, weights, key) if method.on_host else _batched(method, jobs, weights, key))
-    return {job.name: done[job.name] for job in jobs}
+    jobs = {}
+    for name in module_names(adapters):
+        pool = pool_of(name, adapters)
+        size = _rank(name, pool, method, rank)
+        rows = _inputs(name, pool, inputs) if method.needs_inputs else None
+        jobs[name] = _Job(method, size, pool, weights, module_key(key, name), rows)
+    if method.on_host:
+        return {name: _merged(replace(job, pool=jax.device_get(job.pool))) for name, job in jobs.items()}
+    return mapped(_merged, jobs, fetch=False)
 
 
 def module_key(key: Any, name: str) -> Any:
@@ -115,13 +128,12 @@ def pool_of(name: str, adapters: Sequence[Adapter]) -> Pool:
     return Pool(a.astype(wide), b.astype(wide), tuple(0 if one is None else one.a.shape[0] for one in found))
 
 
-def _job(name: str, adapters: Sequence[Adapter], method: Method, rank: Any, inputs: Any) -> _Job:
-    pool = pool_of(name, adapters)
+def _rank(name: str, pool: Pool, method: Method, rank: Any) -> int:
     wanted = rank.get(name) if isinstance(rank, Mapping) else rank
     wanted = method.natural_rank(pool.ranks) if wanted is None else wanted
     if wanted < 1:
         raise ValueError(f"module {name!r} was to get rank {wanted}; a rank is at least 1.")
-    return _Job(name, pool, int(wanted), _inputs(name, pool, inputs) if method.needs_inputs else None)
+    return int(wanted)
 
 
 def _inputs(name: str, pool: Pool, inputs: Mapping[str, Any] | None) -> Any:
@@ -139,7 +151,12 @@ def _inputs(name: str, pool: Pool, inputs: Mapping[str, Any] | None) -> Any:
     return rows
 
 
-def _weights(weights: Any, count: int) -> Any:
+def checked_weights(weights: Any, count: int) -> Any:
+    """The weights of some adapters, 1 / T by default; traced ones are not checked.
+
+    Raises:
+        ValueError: there is no adapter, or the weights are not as many finite numbers, not all zero.
+    """
     if count == 0:
         raise ValueError("there is no adapter to merge; give at least one.")
     if weights is None:
@@ -153,40 +170,8 @@ def _weights(weights: Any, count: int) -> Any:
     return values
 
 
-def _on_host(method: Method, jobs: Sequence[_Job], weights: Any, key: Any) -> Iterator[tuple[str, Merged]]:
-    for job in jobs:
-        pool = Pool(np.asarray(job.pool.a), np.asarray(job.pool.b), job.pool.ranks)
-        yield job.name, method(pool, weights, job.rank, module_key(key, job.name), job.inputs)
-
-
-def _batched(method: Method, jobs: Sequence[_Job], weights: Any, key: Any) -> Iterator[tuple[str, Merged]]:
-    buckets: dict[Any, list[_Job]] = {}
-    for job in jobs:
-        kind = (job.pool.ranks, job.pool.a.shape, job.pool.b.shape, job.pool.a.dtype, job.rank, np.shape(job.inputs))
-        buckets.setdefault(kind, []).append(job)
-    for bucket in buckets.values():
-        pools = jax.tree.map(_stacked, *(job.pool for job in bucket))
-        keys = jnp.stack([module_key(key, job.name) for job in bucket])
-        rows = None if bucket[0].inputs is None else _stacked(*(job.inputs for job in bucket))
-        given = (method, bucket[0].rank, pools, jnp.asarray(weights), keys, rows)
-        found = _merge_bucket(*given) if is_traced(pools.a, pools.b, given[3], keys) else _alone(*given)
-        for number, job in enumerate(bucket):
-            yield job.name, jax.tree.map(lambda x, i=number: x[i], found)
-
-
-def _stacked(*arrays: Any) -> Any:
-    """Arrays stacked where they are: on the host in one copy, on the device otherwise."""
-    return jnp.asarray(np.stack(arrays)) if isinstance(arrays[0], np.ndarray) else jnp.stack(arrays)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _merge_bucket(method: Method, rank: int, pools: Pool, weights: Any, keys: Any, inputs: Any) -> Merged:
-    return each(lambda pool, key, rows: method(pool, weights, rank, key, rows), pools, keys, inputs)
-
-
-def _alone(*given: Any) -> Merged:
-    with one_thread():
-        return jax.block_until_ready(_merge_bucket(*given))
+def _merged(job: _Job) -> Merged:
+    return job.method(job.pool, job.weights, job.rank, job.key, job.inputs)
 
 
 def factors_of(merged: Mapping[str, Merged]) -> dict[str, Factors]:

@@ -1,6 +1,6 @@
 """Adapters as values: low-rank updates of modules, and the rank-one pieces of one module of several adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from permjax.permutation import namespace
 
 
 class Factors(NamedTuple):
@@ -26,6 +28,11 @@ class Factors(NamedTuple):
 
 Adapter: TypeAlias = Mapping[str, Factors]
 """A LoRA adapter: module name -> `Factors`. A plain pytree."""
+
+
+def module_names(adapters: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The modules of all adapters, in the order in which the adapters have them."""
+    return list(dict.fromkeys(name for adapter in adapters for name in adapter))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["ranks"])
@@ -73,6 +80,6 @@ class Merged(NamedTuple):
 
 
 def padded(a: Any, b: Any, rank: int) -> Factors:
-    """The same update with zeros up to `rank`."""
-    more = rank - a.shape[0]
-    return Factors(jnp.pad(a, ((0, more), (0, 0))), jnp.pad(b, ((0, 0), (0, more)))) if more > 0 else Factors(a, b)
+    """The same update with zeros up to `rank`; NumPy arrays stay NumPy."""
+    more, xp = rank - a.shape[0], namespace(a, b)
+    return Factors(xp.pad(a, ((0, more), (0, 0))), xp.pad(b, ((0, 0), (0, more)))) if more > 0 else Factors(a, b)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from permjax.lora.buckets import mapped
 from permjax.lora.core import Core, core_of, matmul, updates
-from permjax.lora.merge import factors_of, pool_of
+from permjax.lora.merge import checked_weights, factors_of, pool_of
 from permjax.lora.pool import Adapter, Merged, Pool
 
 DEAD = 1e-6
@@ -78,14 +78,13 @@ def lora_quality(adapters: Sequence[Adapter], merged: Mapping[str, Merged], weig
         Module name -> `Quality`.
 
     Raises:
-        ValueError: sizes that do not fit; names the module.
+        ValueError: no adapter, or weights or sizes that do not fit; names the module.
 
     Example:
         >>> merged = merge_loras(adapters, Truncate(), rank=8)
         >>> max(module.error for module in lora_quality(adapters, merged).values())
     """
-    count = len(adapters)
-    shares = np.full(count, 1 / max(count, 1), np.float32) if weights is None else np.asarray(weights, np.float32)
+    shares = checked_weights(weights, len(adapters))
     together = [*adapters, factors_of(merged)]
     pools = {name: pool_of(name, together) for name in merged}
     found = mapped(_measured, {name: (pool, shares) for name, pool in pools.items()})

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from permjax.lora.buckets import mapped
 from permjax.lora.core import combined, core_of
-from permjax.lora.merge import pool_of
-from permjax.lora.pool import Adapter, Pool
+from permjax.lora.merge import checked_weights, pool_of
+from permjax.lora.pool import Adapter, Pool, module_names
 
 _REAL = 1e-6
 """Singular values below this share of a module's largest are rounding errors."""
@@ -20,12 +20,10 @@ def spectra(adapters: Sequence[Adapter], weights: Any = None) -> dict[str, Float
     """The singular values of `sum_t w_t b_t a_t` of every module, the largest first; 1 / T are the default weights.
 
     Raises:
-        ValueError: sizes that do not fit; names the module.
+        ValueError: no adapter, or weights or sizes that do not fit; names the module.
     """
-    count = len(adapters)
-    shares = np.full(count, 1 / max(count, 1), np.float32) if weights is None else np.asarray(weights, np.float32)
-    names = dict.fromkeys(name for adapter in adapters for name in adapter)
-    return mapped(_values, {name: (pool_of(name, adapters), shares) for name in names})
+    shares = checked_weights(weights, len(adapters))
+    return mapped(_values, {name: (pool_of(name, adapters), shares) for name in module_names(adapters)})
 
 
 def rank_for_energy(values: Mapping[str, Float[np.ndarray, " n"]], energy: float) -> int:

@@ -21,6 +21,7 @@ from permjax.lora.headers import header
 from permjax.lora.keys import PREFIX, AdapterError, ModuleInfo, one_line
 from permjax.lora.kohya import is_kohya, kohya_spellings
 from permjax.lora.peft_config import written_config
+from permjax.lora.pool import module_names, padded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STYLES = ("peft", "kohya", "diffusers")
@@ -69,7 +70,7 @@ def save_adapter(
         >>> save_adapter("merged", merged, like=adapters)  # doctest: +SKIP
     """
     path, style = Path(path), style or (like[0].style if like else "peft")
-    _check_place(path, style)
+    check_place(path, style)
     wide, ranks, keys = _dtype(dtype, like), _ranks(modules, uniform), _keys(modules, like, style)
     tensors: dict[str, Any] = {}
     for name, one in modules.items():
@@ -87,17 +88,18 @@ def save_adapter(
         _write(path.parent, {path.name: tensors}, text, {})
 
 
-def _check_place(path: Path, style: str) -> None:
+def check_place(path: Path, style: str) -> None:
+    """Check that there is such a style, and that the path is a place for an adapter of it.
+
+    Raises:
+        AdapterError: names the style or the path.
+    """
     if style not in STYLES:
         raise AdapterError(f"{style!r} is no style of adapter files{tree.nearest(style, STYLES)}; use one of {STYLES}.")
     single = path.suffix == ".safetensors" and not path.is_dir()
-    if style == "peft" and (single or path.is_file()):
-        raise AdapterError(f"{path} is a file but PEFT adapters are folders; give a folder, or another style.")
-    if style != "peft" and not single:
-        message = (
-            f"{path} is no name for a file of style {style!r}; give one that ends in .safetensors, or style 'peft'."
-        )
-        raise AdapterError(message)
+    if (style == "peft") == single or (style == "peft" and path.is_file()):
+        wanted = "PEFT adapters are folders; give one" if style == "peft" else "give a name that ends in .safetensors"
+        raise AdapterError(f"{path} is no place for an adapter of style {style}: {wanted}, or another style.")
 
 
 def _dtype(dtype: Any, like: Sequence[AdapterFiles]) -> np.dtype:
@@ -137,8 +139,8 @@ def _info(name: str, one: Any, like: Sequence[AdapterFiles]) -> ModuleInfo:
     a, b = np.shape(one.a), np.shape(one.b)
     info = next((files[name] for files in like if name in files), None)
     if info is None and like:
-        names = {name: None for files in like for name in files}
-        raise AdapterError(f"no adapter of `like` has the module {name!r}{tree.nearest(name, names)}; check the name.")
+        hint = tree.nearest(name, module_names(like))
+        raise AdapterError(f"no adapter of `like` has the module {name!r}{hint}; check the name.")
     info = info or ModuleInfo("linear" if len(a) == 2 else "conv", a[0], 1.0, a, b, np.dtype(np.float32))
     if (math.prod(a[1:]), b[0], math.prod(b[1:])) != (info.size_in, info.size_out, a[0]):
         message = (
@@ -159,9 +161,7 @@ def _factor_keys(name: str, key: str, info: ModuleInfo, style: str) -> list[str]
 
 def _shaped(a: np.ndarray, b: np.ndarray, info: ModuleInfo, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """The factors with zeros up to the rank, in the shapes of the file."""
-    more = rank - len(a)
-    a, b = a.reshape(len(a), info.size_in), b.reshape(info.size_out, len(a))
-    a, b = np.pad(a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))
+    a, b = padded(a.reshape(len(a), info.size_in), b.reshape(info.size_out, len(a)), rank)
     return a.reshape(rank, *info.a_shape[1:]), b.reshape(info.size_out, rank, *info.b_shape[2:])
 
 

@@ -12,17 +12,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from permjax.lora.base import Base
-from permjax.lora.core import combined, core_of, lifted, matmul, ratio, truncated, updates
+from permjax.lora.core import Core, combined, core_of, from_svd, lifted, matmul, ratio, truncated, updates
 from permjax.lora.elementwise import agreed, at_rank, check_choice, check_density, largest, thinned, weighted
 from permjax.lora.kernels import directed
-from permjax.lora.pool import Factors, Merged, Pool, padded
+from permjax.lora.pool import Factors, Merged, Pool
 
 _NULL = 1e-5  # singular values below this part of the largest one are none
 
 
-def _strengths(weights: Any, pool: Pool, scaling: float) -> Float[Array, " adapters"]:
-    """Return the absolute weights as the published rules count them: 1 where the default is 1 / T."""
-    return jnp.abs(jnp.asarray(weights, pool.a.dtype)) * (scaling * len(pool.ranks))
+def _prepared(pool: Pool, weights: Any, scaling: float) -> tuple[Pool, Float[Array, " adapters"], Core]:
+    """Return the pool directed, its core, and the absolute weights as the published rules count them: 1 for 1 / T."""
+    strengths = jnp.abs(jnp.asarray(weights, pool.a.dtype)) * (scaling * len(pool.ranks))
+    pool = directed(pool, weights)
+    return pool, strengths, core_of(pool)
 
 
 def _svd(x: Float[Array, "p q"]) -> tuple[Any, Any, Any]:
@@ -68,8 +70,7 @@ class Knots(Base):
     ) -> Merged:
         """Return the merged module."""
         del key, inputs
-        pool, weights = directed(pool, weights), _strengths(weights, pool, self.scaling)
-        core = core_of(pool)
+        pool, weights, core = _prepared(pool, weights, self.scaling)
         small = updates(core, pool)
         u, _, _ = _svd(jnp.concatenate([*small], 1))
         blocks = jnp.stack([matmul(matmul(u.T, one), core.right.T) for one in small])
@@ -115,8 +116,7 @@ class Tsv(Base):
     ) -> Merged:
         """Return the merged module."""
         del key, inputs
-        pool, weights = directed(pool, weights), _strengths(weights, pool, self.scaling)
-        core = core_of(pool)
+        pool, weights, core = _prepared(pool, weights, self.scaling)
         return Merged(*lifted(core, truncated(_tsv(updates(core, pool), pool.ranks, weights), rank)))
 
 
@@ -154,8 +154,7 @@ class CoreSpace(Base):
     ) -> Merged:
         """Return the merged module."""
         del key, inputs
-        pool, weights = directed(pool, weights), _strengths(weights, pool, self.scaling)
-        core = core_of(pool)
+        pool, weights, core = _prepared(pool, weights, self.scaling)
         small = updates(core, pool)
         stacked = (core.b, core.a)
         if self.basis == "updates":
@@ -193,12 +192,10 @@ class IsoC(Base):
     ) -> Merged:
         """Return the merged module."""
         del key, inputs
-        pool, weights = directed(pool, weights), _strengths(weights, pool, self.scaling)
-        core = core_of(pool)
+        pool, weights, core = _prepared(pool, weights, self.scaling)
         u, s, vt = _svd(combined(core, pool.spread(weights)))
         level = jnp.where(s > 0, ratio(jnp.sum(s), jnp.sum((s > 0).astype(s.dtype))), 0)
-        root = jnp.sqrt(level[:rank])
-        return Merged(*lifted(core, padded(root[:, None] * vt[:rank], u[:, :rank] * root[None], rank)))
+        return Merged(*lifted(core, from_svd(u, level, vt, rank)))
 
 
 @dataclass(frozen=True)
@@ -244,8 +241,7 @@ class Ctm(Base):
     ) -> Merged:
         """Return the merged module."""
         del inputs
-        pool, weights = directed(pool, weights), _strengths(weights, pool, self.scaling)
-        core = core_of(pool)
+        pool, weights, core = _prepared(pool, weights, self.scaling)
         small = updates(core, pool)
         u, v = self._subspaces(small, pool.ranks, weights, min(rank, *small.shape[1:]))
         merged = truncated(self._merged(matmul(matmul(u.T, small), v), weights, key), rank)

@@ -13,7 +13,7 @@ from permjax.action import permute
 from permjax.lora.balance import balanced_labels
 from permjax.lora.kernels import gram
 from permjax.lora.merge import pool_of
-from permjax.lora.pool import Adapter, Factors, Merged, Pool, padded
+from permjax.lora.pool import Adapter, Factors, Merged, Pool, module_names, padded
 from permjax.plan import Plan
 from permjax.steps import Result
 from permjax.symmetry.spec import PermutationSpec
@@ -89,7 +89,7 @@ def align_ranks(adapters: Sequence[Adapter]) -> Result:
 
 
 def _filled_up(adapters: Sequence[Adapter]) -> list[dict[str, Factors]]:
-    names = dict.fromkeys(name for adapter in adapters for name in adapter)
+    names = module_names(adapters)
     for number, adapter in enumerate(adapters):
         if missing := [name for name in names if name not in adapter]:
             raise ValueError(f"adapter {number} has no module {missing[0]!r}, which others have; leave it out of all.")

@@ -76,3 +76,9 @@ def test_an_energy_that_is_no_share_is_refused(share):
 def test_a_budget_below_one_rank_for_each_module_is_refused():
     with pytest.raises(ValueError, match="2 modules need a rank of at least 1"):
         ranks_for_budget({"a": np.ones(2), "b": np.ones(2)}, 1)
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, float("inf")), (0.0, 0.0)])
+def test_weights_that_do_not_fit_the_adapters_are_refused(weights):
+    with pytest.raises(ValueError, match="2 adapters need as many finite weights"):
+        spectra(adapters(), weights)
