@@ -135,15 +135,16 @@ def align_coordinates(
 
 
 def average_tables(family: Family, models: Sequence[Params]) -> Params:
-    """The mean of rows, after signs that mean nothing (of slopes) are dropped.
+    """The mean of rows, each model in its canonical form.
 
     Raises:
         ValueError: no model, or models of unlike shapes.
     """
-    return tree.average([_canonical(family, params) for params in models])
+    return tree.average([canonical(family, params) for params in models])
 
 
-def _canonical(family: Family, params: Params) -> Params:
+def canonical(family: Family, params: Params) -> Params:
+    """The same model without the signs that mean nothing: those of slopes, and of deviations."""
     if isinstance(family, Nfe1Sigma):
         return jax.tree.map(jnp.abs, params)
     if "slopes" not in params["entity"]:
@@ -153,7 +154,7 @@ def _canonical(family: Family, params: Params) -> Params:
 
 def _features(family: Family, params: Params) -> Float[np.ndarray, "entities d"]:
     """What coordinates are compared by."""
-    rows = _canonical(family, params)["entity"]
+    rows = canonical(family, params)["entity"]
     return np.asarray(rows["mean" if isinstance(family, _WITH_MEANS) else "scale"], np.float64)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 REQUIRED = bool(os.environ.get("PERMJAX_REQUIRE_PARITY"))
 if REQUIRED:
-    for library in ("torch", "transformers", "peft"):
+    for library in ("torch", "transformers", "peft", "pykeen"):
         importlib.import_module(library)
 
 
