@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from permjax.nets.base import Architecture, Net
-from permjax.nets.language import IGNORED_KEYS, Weights, causal_softmax, check_length, language_model, widen
+from permjax.nets.language import IGNORED_KEYS, Weights, check_length, language_model, masked_softmax, widen
 
 
 @dataclass(frozen=True)
@@ -77,31 +77,45 @@ def _dense(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
 
 
 def apply(
-    config: GPT2Config, params: Weights, tokens: Int[Array, "batch tokens"]
+    config: GPT2Config,
+    params: Weights,
+    tokens: Int[Array, "batch tokens"],
+    *,
+    positions: Int[Array, "batch tokens"] | None = None,
+    visible: Bool[Array, "batch tokens tokens"] | None = None,
 ) -> Float[Array, "batch tokens vocabulary"]:
-    """Logits of the next token at each position."""
+    """Logits of the next token at each position.
+
+    Args:
+        config: the configuration.
+        params: the weights by name.
+        tokens: numbers of tokens.
+        positions: the position of each token, less than the length; 0, 1, 2 ... by default. Where several documents
+            share a row, the place in its own one.
+        visible: which token (third axis) each token (second axis) may attend to; by default all but later ones.
+    """
     check_length(tokens, config.n_positions)
 
     def weight(name: str) -> Array:
         return params[config.prefix + name]
 
     norm = functools.partial(_layer_norm, weight, epsilon=config.layer_norm_epsilon)
-    positions = jnp.take(weight("wpe.weight"), jnp.arange(tokens.shape[1]), axis=0)
-    x = jnp.take(weight("wte.weight"), tokens, axis=0) + positions[None, :, :]
+    places = jnp.take(weight("wpe.weight"), jnp.arange(tokens.shape[1]) if positions is None else positions, axis=0)
+    x = jnp.take(weight("wte.weight"), tokens, axis=0) + (places[None] if positions is None else places)
     for i in range(config.n_layer):
-        x = x + _attention(config, weight, f"h.{i}.attn", norm(f"h.{i}.ln_1", x))
+        x = x + _attention(config, weight, f"h.{i}.attn", norm(f"h.{i}.ln_1", x), visible)
         hidden = jax.nn.gelu(_conv1d(weight, f"h.{i}.mlp.c_fc", norm(f"h.{i}.ln_2", x)), approximate=True)
         x = x + _conv1d(weight, f"h.{i}.mlp.c_proj", hidden)
     head = weight("wte.weight") if config.tie_word_embeddings else params["lm_head.weight"]
     return jnp.einsum("btd,vd->btv", norm("ln_f", x), head)
 
 
-def _attention(config: GPT2Config, weight: Callable[[str], Array], name: str, x: Array) -> Array:
+def _attention(config: GPT2Config, weight: Callable[[str], Array], name: str, x: Array, visible: Array | None) -> Array:
     batch, tokens, width = x.shape
     heads = (batch, tokens, config.n_head, width // config.n_head)
     query, key, value = (part.reshape(heads) for part in jnp.split(_conv1d(weight, f"{name}.c_attn", x), 3, axis=-1))
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(heads[-1])
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", causal_softmax(scores), value)
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", masked_softmax(scores, visible), value)
     return _conv1d(weight, f"{name}.c_proj", mixed.reshape(batch, tokens, width))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from permjax.nets.base import Net, stateless
 
@@ -48,7 +48,7 @@ _EXAMPLE_TOKENS = 16  # at most, in `example_inputs`
 
 def language_model(
     config: Any,
-    apply: Callable[[Any, Weights, Array], Array],
+    apply: Callable[..., Array],
     shapes: Mapping[str, tuple[int, ...]],
     *,
     positions: int,
@@ -58,7 +58,7 @@ def language_model(
 
     Args:
         config: the configuration to keep; its `vocab_size` bounds the example tokens.
-        apply: `apply(config, params, tokens) -> logits`.
+        apply: `apply(config, params, tokens) -> logits`; what it takes by keyword, the network's `apply` takes as well.
         shapes: the shape of every weight by name.
         positions: the longest sequence of tokens.
         scale: the standard deviation of a weight of two axes at the start, by name; other weights start at one, and
@@ -80,8 +80,8 @@ def language_model(
         length = min(_EXAMPLE_TOKENS, positions)
         return (jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length) % config.vocab_size,)
 
-    def apply_config(params: Weights, tokens: Array) -> Array:
-        return apply(config, params, tokens)
+    def apply_config(params: Weights, tokens: Array, **context: Array) -> Array:
+        return apply(config, params, tokens, **context)
 
     return stateless(config, init, apply_config, example_inputs)
 
@@ -93,10 +93,13 @@ def check_length(tokens: Int[Array, "batch tokens"], positions: int) -> None:
         raise ValueError(message + "cut them into shorter pieces.")
 
 
-def causal_softmax(scores: Float[Array, "... queries keys"]) -> Float[Array, "... queries keys"]:
-    """Attention weights in which no query sees a later key."""
-    visible = jnp.tri(*scores.shape[-2:], dtype=bool)
-    visible = visible.reshape((1,) * (scores.ndim - 2) + visible.shape)
+def masked_softmax(
+    scores: Float[Array, "batch *heads queries keys"], visible: Bool[Array, "batch queries keys"] | None = None
+) -> Float[Array, "batch *heads queries keys"]:
+    """Attention weights in which a query sees the keys that are visible to it: by default, no later one."""
+    if visible is None:
+        visible = jnp.tri(*scores.shape[-2:], dtype=bool)[None]
+    visible = visible.reshape((len(visible), *(1,) * (scores.ndim - 3), *visible.shape[1:]))
     return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(scores.dtype).min), axis=-1)
 
 

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from permjax.config import ConfigError
 from permjax.nets.base import Architecture, Net
-from permjax.nets.language import IGNORED_KEYS, Weights, causal_softmax, check_length, language_model, widen
+from permjax.nets.language import IGNORED_KEYS, Weights, check_length, language_model, masked_softmax, widen
 
 
 @dataclass(frozen=True)
@@ -100,22 +100,40 @@ def _attention_shapes(config: LlamaConfig, prefix: str) -> dict[str, tuple[int, 
 
 
 def apply(
-    config: LlamaConfig, params: Weights, tokens: Int[Array, "batch tokens"]
+    config: LlamaConfig,
+    params: Weights,
+    tokens: Int[Array, "batch tokens"],
+    *,
+    positions: Int[Array, "batch tokens"] | None = None,
+    visible: Bool[Array, "batch tokens tokens"] | None = None,
 ) -> Float[Array, "batch tokens vocabulary"]:
-    """Logits of the next token at each position."""
+    """Logits of the next token at each position.
+
+    Args:
+        config: the configuration.
+        params: the weights by name.
+        tokens: numbers of tokens.
+        positions: the position of each token, less than the length; 0, 1, 2 ... by default. Where several documents
+            share a row, the place in its own one.
+        visible: which token (third axis) each token (second axis) may attend to; by default all but later ones.
+    """
     check_length(tokens, config.max_position_embeddings)
     norm = functools.partial(_rms_norm, params, epsilon=config.rms_norm_eps)
     x = jnp.take(params["model.embed_tokens.weight"], tokens, axis=0)
     rotary = _rotary(config, tokens.shape[1], x.dtype)
+    if positions is not None:
+        rotary = tuple(jnp.take(table[0], positions, axis=0) for table in rotary)
     for i in range(config.num_hidden_layers):
         block = f"model.layers.{i}"
-        x = x + _attention(config, params, f"{block}.self_attn", norm(f"{block}.input_layernorm", x), rotary)
+        x = x + _attention(config, params, f"{block}.self_attn", norm(f"{block}.input_layernorm", x), rotary, visible)
         x = x + _mlp(params, f"{block}.mlp", norm(f"{block}.post_attention_layernorm", x))
     head = params["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     return jnp.einsum("btd,vd->btv", norm("model.norm", x), head)
 
 
-def _attention(config: LlamaConfig, params: Weights, name: str, x: Array, rotary: tuple[Array, Array]) -> Array:
+def _attention(
+    config: LlamaConfig, params: Weights, name: str, x: Array, rotary: tuple[Array, ...], visible: Array | None
+) -> Array:
     batch, tokens, _ = x.shape
     kv, width = config.kv_heads, config.head_width
     linear = functools.partial(_linear, params, bias=config.attention_bias)
@@ -124,20 +142,20 @@ def _attention(config: LlamaConfig, params: Weights, name: str, x: Array, rotary
     value = linear(f"{name}.v_proj", x).reshape(batch, tokens, kv, width)
     query, key = _rotate(query, rotary), _rotate(key, rotary)
     scores = jnp.einsum("bqngd,bknd->bngqk", query, key) / math.sqrt(width)
-    mixed = jnp.einsum("bngqk,bknd->bqngd", causal_softmax(scores), value)
+    mixed = jnp.einsum("bngqk,bknd->bqngd", masked_softmax(scores, visible), value)
     return linear(f"{name}.o_proj", mixed.reshape(batch, tokens, -1))
 
 
 def _rotary(config: LlamaConfig, tokens: int, dtype: Any) -> tuple[Array, Array]:
-    """Cosine and sine of position times frequency, each [tokens, head_width / 2]."""
+    """Cosine and sine of position times frequency, each [1, tokens, head_width / 2]."""
     frequencies = config.rope_theta ** (-np.arange(0, config.head_width, 2) / config.head_width)
     angles = np.arange(tokens)[:, None] * frequencies[None, :]
-    return jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
+    return jnp.asarray(np.cos(angles)[None], dtype), jnp.asarray(np.sin(angles)[None], dtype)
 
 
-def _rotate(x: Float[Array, "batch tokens *heads width"], rotary: tuple[Array, Array]) -> Array:
+def _rotate(x: Float[Array, "batch tokens *heads width"], rotary: tuple[Array, ...]) -> Array:
     """Rotate each pair (i, i + width / 2) by the angle of its position and frequency."""
-    cos, sin = (table.reshape(1, len(table), *(1,) * (x.ndim - 3), -1) for table in rotary)
+    cos, sin = (table.reshape(*table.shape[:2], *(1,) * (x.ndim - 3), -1) for table in rotary)
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
