@@ -2,6 +2,20 @@
 
 from permjax.action import permute as permute
 from permjax.action import permute_state as permute_state
+from permjax.kge.alignment import align_coordinates as align_coordinates
+from permjax.kge.alignment import average_tables as average_tables
+from permjax.kge.coldstart import cold_start as cold_start
+from permjax.kge.flows import Nfe1 as Nfe1
+from permjax.kge.flows import Nfe2 as Nfe2
+from permjax.kge.flows import Nfe3 as Nfe3
+from permjax.kge.flows import NfeK as NfeK
+from permjax.kge.graph import load_graph as load_graph
+from permjax.kge.model_files import KgeModel as KgeModel
+from permjax.kge.rank import rank_model as rank_model
+from permjax.kge.rules import measure_rules as measure_rules
+from permjax.kge.serve import predict as predict
+from permjax.kge.train import KgeTraining as KgeTraining
+from permjax.kge.train import train_kge as train_kge
 from permjax.lmc.barrier import Barrier as Barrier
 from permjax.lmc.barrier import barrier as barrier
 from permjax.lmc.barrier import l2_distance as l2_distance

@@ -18,7 +18,12 @@ _FILE_COMMANDS = {
     "align": "Bring the units of models in checkpoint files into the order of those of the first.",
     "merge": "Align models in checkpoint files and merge them into one.",
 }
-_LORA = "Merge LoRA adapters, inspect one, or extract one from two checkpoints."
+_GROUPS = {
+    "lora": "Merge LoRA adapters, inspect one, or extract one from two checkpoints.",
+    "kge": "Train models of knowledge graphs, evaluate one, ask it, list its rules, or export it.",
+    "reversal": "Re-order the semantic units of texts, or show them.",
+}
+"""Commands with commands of their own, which `permjax.experiments.<name>_commands` has in a type of that name."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parsed(arguments: Sequence[str]) -> Any:
     wanted = next(iter(arguments), "")
-    if wanted == "lora":
-        lora = import_module("permjax.experiments.lora_commands")
-        return tyro.cli(lora.Lora, prog="permjax lora", description=_LORA, args=arguments[1:])
+    if wanted in _GROUPS:
+        group = getattr(import_module(f"permjax.experiments.{wanted}_commands"), wanted.title())
+        return tyro.cli(group, prog=f"permjax {wanted}", description=_GROUPS[wanted], args=arguments[1:])
     kinds: list[Any] = [
         Annotated[Run, tyro.conf.subcommand("run", description="Run an experiment and report what it found.")]
     ]
     for name, description in _FILE_COMMANDS.items():
         cls = getattr(import_module("permjax.experiments.commands"), name.title()) if name == wanted else _Unread
         kinds.append(Annotated[cls, tyro.conf.subcommand(name, description=description)])
-    kinds.append(Annotated[_Unread, tyro.conf.subcommand("lora", description=_LORA)])
+    for name, description in _GROUPS.items():
+        kinds.append(Annotated[_Unread, tyro.conf.subcommand(name, description=description)])
     description = "Find, use and check the permutation symmetries of neural networks."
     commands: Any = Union[tuple(kinds)]  # noqa: UP007
     return tyro.cli(commands, prog="permjax", description=description, args=arguments)
@@ -90,11 +96,10 @@ def _run(options: Any, command: str) -> None:
         finished = run(
             options.config, options.out, options.overrides, force=options.force, visible=visible, command=command
         )
-    elif type(options).__name__.startswith("Lora"):
-        from permjax.experiments import lora_commands
-
-        outcome, finished = lora_commands.run(options, command)
-        _tell(outcome, tables=finished is None)
+    elif group := next((name for name in _GROUPS if type(options).__name__.startswith(name.title())), None):
+        outcome, finished = import_module(f"permjax.experiments.{group}_commands").run(options, command)
+        if outcome is not None:
+            _tell(outcome, tables=finished is None)
     else:
         from permjax.experiments import commands
 

@@ -14,6 +14,9 @@ _MODULES = {
     "lmc_gpt": "permjax.experiments.lmc_gpt",
     "pleas": "permjax.experiments.pleas",
     "lora_tasks": "permjax.experiments.lora_tasks",
+    "nfe_dihedral": "permjax.experiments.nfe_dihedral",
+    "nfe_alignment": "permjax.experiments.nfe_alignment",
+    "nfe": "permjax.experiments.nfe",
 }
 
 
