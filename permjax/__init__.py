@@ -9,8 +9,12 @@ from permjax.kge.flows import Nfe1 as Nfe1
 from permjax.kge.flows import Nfe2 as Nfe2
 from permjax.kge.flows import Nfe3 as Nfe3
 from permjax.kge.flows import NfeK as NfeK
+from permjax.kge.graph import knowledge_graph as knowledge_graph
 from permjax.kge.graph import load_graph as load_graph
 from permjax.kge.model_files import KgeModel as KgeModel
+from permjax.kge.model_files import load_kge as load_kge
+from permjax.kge.model_files import save_kge as save_kge
+from permjax.kge.rank import rank_metrics as rank_metrics
 from permjax.kge.rank import rank_model as rank_model
 from permjax.kge.rules import measure_rules as measure_rules
 from permjax.kge.serve import predict as predict

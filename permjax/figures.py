@@ -269,7 +269,7 @@ def _draw_curves(figure: Figure, canvas: Canvas, axes: Axes, theme: _Theme) -> N
 
 def _draw_lines(axes: Axes, figure: Figure, theme: _Theme) -> None:
     for i, curve in enumerate(figure.curves):
-        colour, stroke = theme.colours[i % len(theme.colours)], _STROKES[i % len(_STROKES)]
+        colour, stroke = theme.colours[i % len(theme.colours)], _STROKES[(i + i // len(theme.colours)) % len(_STROKES)]
         x, mean = np.asarray(curve.x), _finite(curve.mean)
         axes.plot(x, mean, color=colour, linestyle=stroke, label=curve.label, marker="o" if len(x) == 1 else None)
         if curve.low is not None and curve.high is not None:

@@ -14,8 +14,8 @@ from permjax.experiments.kge_report import evaluated_outcome, exported_outcome, 
 from permjax.experiments.kge_rules_report import ruled_outcome
 from permjax.experiments.runs import Finished, read_metrics
 from permjax.kge.export import export
-from permjax.kge.graph import GRAPHS, Graph, graph, load_graph
-from permjax.kge.model_files import KgeModel, load_model, renamed
+from permjax.kge.graph import GRAPHS, Graph, knowledge_graph, load_graph
+from permjax.kge.model_files import KgeModel, load_kge, renamed
 from permjax.kge.rank import rank_model
 from permjax.kge.rules import measure_rules
 from permjax.kge.serve import predict
@@ -177,11 +177,11 @@ def _eval(given: KgeEval) -> Outcome:
 def _open(path: str) -> KgeModel:
     """The model in its folder or file, or in the folder of the run that trained it."""
     inside = Path(path) / "model"
-    return load_model(inside if inside.is_dir() else path)
+    return load_kge(inside if inside.is_dir() else path)
 
 
 def _load(name: str, root: str | None) -> Graph:
-    return graph(name, root) if name in GRAPHS and name != "folder" else load_graph(name)
+    return knowledge_graph(name, root) if name in GRAPHS and name != "folder" else load_graph(name)
 
 
 def _predict(given: KgePredict) -> Outcome:

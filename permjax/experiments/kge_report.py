@@ -6,7 +6,7 @@ from permjax.experiments.nfe_rows import CLASSES, MEASURES, title
 from permjax.kge.breakdown import by_cardinality, by_direction, by_relation
 from permjax.kge.graph import Graph
 from permjax.kge.model_files import KgeModel, family_name
-from permjax.kge.rank import Policy, Ranks, metrics
+from permjax.kge.rank import Policy, Ranks, rank_metrics
 from permjax.kge.serve import Answers
 from permjax.report import Outcome, Table
 
@@ -29,7 +29,7 @@ def evaluated_outcome(model: KgeModel, graph: Graph, found: Ranks, split: str) -
         found: the ranks.
         split: whose triples they are.
     """
-    numbers: _Numbers = {policy: metrics(found, policy) for policy in _POLICIES}
+    numbers: _Numbers = {policy: rank_metrics(found, policy) for policy in _POLICIES}
     chosen = {f"{name}_{policy}": numbers[policy][name] for policy in numbers for name in MEASURES}
     real = numbers["realistic"]
     return Outcome(

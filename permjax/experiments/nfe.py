@@ -16,7 +16,7 @@ from permjax.experiments.nfe_rows import Trial, Trials
 from permjax.experiments.registry import Experiment
 from permjax.kge.base import Params
 from permjax.kge.graph import Graph
-from permjax.kge.model_files import KgeModel, save_model
+from permjax.kge.model_files import KgeModel, save_kge
 from permjax.kge.queries import Queries, queries
 from permjax.kge.rank import Ranks, model_scorer, rank_queries
 from permjax.kge.train import KgeResult, train_kge
@@ -51,7 +51,7 @@ def run(config: NfeConfig, out: Path, progress: Any) -> Outcome:
         trials[setting.graph, setting.model] = _ranked(setting, graph, result, models, control, progress)
         if first is None:
             first = _best(setting, graph, seeds, result, models)
-            save_model(out / "model", first)
+            save_kge(out / "model", first)
     assert first is not None  # a configuration has one graph and one model at least
     return report(config, graphs, Trials(seeds, trials), first)
 

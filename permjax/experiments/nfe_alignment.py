@@ -16,7 +16,7 @@ from permjax.experiments.registry import Experiment
 from permjax.kge.alignment import Motion, align_coordinates, canonical, move
 from permjax.kge.base import Family, Params
 from permjax.kge.queries import Queries, queries
-from permjax.kge.rank import metrics, model_scorer, rank_queries
+from permjax.kge.rank import model_scorer, rank_metrics, rank_queries
 from permjax.kge.train import KgeTraining, train_kge
 from permjax.kge.triples import Graph
 from permjax.report import Outcome
@@ -116,7 +116,7 @@ def _pair(family: Family, graph: Graph, asked: Queries, models: Sequence[Params]
 
 
 def _mrr(family: Family, graph: Graph, asked: Queries, params: Params) -> float:
-    return metrics(rank_queries(model_scorer(family, params, graph), asked))["mrr"]
+    return rank_metrics(rank_queries(model_scorer(family, params, graph), asked))["mrr"]
 
 
 def _between(family: Family, first: Params, second: Params, t: float) -> Params:

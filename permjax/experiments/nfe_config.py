@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from permjax.config import from_dict, to_dict
 from permjax.kge.base import Family
-from permjax.kge.graph import GRAPHS, Graph, graph
+from permjax.kge.graph import GRAPHS, Graph, knowledge_graph
 from permjax.kge.model_files import family_named
 from permjax.kge.train import KgeTraining
 from permjax.tree import nearest
@@ -126,7 +126,7 @@ class NfeConfig:
             GraphError: they hold no graph.
         """
         one = next(one for one in self.graphs if one.key == key)
-        return graph(one.name, self.data.root, **one.options)
+        return knowledge_graph(one.name, self.data.root, **one.options)
 
     def _family(self, model: ModelConfig) -> Family:
         return family_named(model.family or model.name, {"dimension": self.dimension} | model.options)

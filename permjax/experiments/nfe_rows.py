@@ -7,7 +7,7 @@ import numpy as np
 
 from permjax.kge.breakdown import by_cardinality, by_direction, by_relation
 from permjax.kge.graph import Graph
-from permjax.kge.rank import Policy, Ranks, metrics
+from permjax.kge.rank import Policy, Ranks, rank_metrics
 from permjax.kge.train import KgeResult
 
 TITLES = {
@@ -52,7 +52,7 @@ class Trial(NamedTuple):
 
     def values(self, measure: str, policy: Policy = "realistic") -> list[float]:
         """A measure on all test triples, by seed."""
-        return [metrics(ranks, policy)[measure] for ranks in self.found]
+        return [rank_metrics(ranks, policy)[measure] for ranks in self.found]
 
     def directions(self) -> dict[str, float]:
         """The mean MRR of questions for heads and of those for tails."""
@@ -70,7 +70,7 @@ class Trial(NamedTuple):
         """What permuted test triples give, and what chance would give."""
         if not self.controls:
             return {}
-        found = [metrics(ranks) for ranks in self.controls]
+        found = [rank_metrics(ranks) for ranks in self.controls]
         means = {f"permuted_{name}": float(np.mean([one[name] for one in found])) for name in ("mrr", "amr")}
         return {**means, "chance_mrr": chance(self.controls[0].candidates)}
 

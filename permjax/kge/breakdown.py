@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from jaxtyping import Int
 
-from permjax.kge.rank import Policy, Ranks, metrics
+from permjax.kge.rank import Policy, Ranks, rank_metrics
 from permjax.kge.triples import Graph
 
 Cardinality: TypeAlias = Literal["1-1", "1-N", "N-1", "N-N"]
@@ -16,19 +16,19 @@ _MANY = 1.5
 
 def by_direction(found: Ranks, policy: Policy = "realistic") -> dict[str, dict[str, float]]:
     """The metrics of queries for a `head` and of those for a `tail`."""
-    return {side: metrics(found.where(found.of_heads == (side == "head")), policy) for side in ("head", "tail")}
+    return {side: rank_metrics(found.where(found.of_heads == (side == "head")), policy) for side in ("head", "tail")}
 
 
 def by_relation(found: Ranks, graph: Graph, policy: Policy = "realistic") -> dict[str, dict[str, float]]:
     """The metrics of both directions of every relation that was asked about, by its label."""
     relation = found.triples[:, 1] % found.relations
-    return {graph.relations[r]: metrics(found.where(relation == r), policy) for r in np.unique(relation)}
+    return {graph.relations[r]: rank_metrics(found.where(relation == r), policy) for r in np.unique(relation)}
 
 
 def by_cardinality(found: Ranks, graph: Graph, policy: Policy = "realistic") -> dict[str, dict[str, float]]:
     """The metrics of every class of relations that was asked about; see `cardinalities`."""
     classes = np.array(cardinalities(graph))[found.triples[:, 1] % found.relations]
-    return {str(name): metrics(found.where(classes == name), policy) for name in np.unique(classes)}
+    return {str(name): rank_metrics(found.where(classes == name), policy) for name in np.unique(classes)}
 
 
 def cardinalities(graph: Graph) -> tuple[Cardinality, ...]:

@@ -55,14 +55,12 @@ class _Flows(AffineMaps, Euclidean):
         `published` it does not, as in the released code: relations then still are bijections of the set of laws and
         form a group, but they are no longer maps of the values that the variables take.
         """
-        scale = element["scale"]
-        slopes = point["slopes"]
+        scale, size = element["scale"], jnp.abs(element["scale"])
+        slopes = [point["slopes"][..., k, :] for k in range(self.pieces)]  # on a CPU, XLA is slow on sums over pieces
         if self.mode == "exact" and self.pieces > 1:
-            slopes = jnp.where(scale[..., None, :] < 0, slopes[..., ::-1, :], slopes)
-        return {
-            "mean": scale * point["mean"] + element["shift"],
-            "slopes": jnp.abs(scale)[..., None, :] * slopes,
-        }
+            slopes = [jnp.where(scale < 0, other, slope) for slope, other in zip(slopes, slopes[::-1], strict=True)]
+        mean = scale * point["mean"] + element["shift"]
+        return {"mean": mean, "slopes": jnp.stack([size * slope for slope in slopes], axis=-2)}
 
     def flow(self, point: Point, z: Float[Array, "samples d"]) -> Float[Array, "samples d"]:
         """The map of one entity at values of Z: `g(z)`, coordinate by coordinate.

@@ -6,17 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from permjax.data.images import require
 from permjax.kge.family import family_graph
 from permjax.kge.graph_files import load_graph, save_graph
 from permjax.kge.triples import Graph, GraphError
 from permjax.tree import nearest
 
-__all__ = ["GRAPHS", "Graph", "GraphError", "family_graph", "graph", "load_graph", "save_graph"]
+__all__ = ["GRAPHS", "Graph", "GraphError", "family_graph", "knowledge_graph", "load_graph", "save_graph"]
 
 
 def _in(folder: str, name: str) -> Callable[..., Graph]:
     """The reader of a folder under `<root>/kg`."""
-    return lambda root: load_graph(root / "kg" / folder, name)
+    return lambda root: load_graph(require(root / "kg" / folder, f"{name}, as a folder of triples"), name)
 
 
 def _folder(path: Path, name: str | None = None) -> Graph:
@@ -36,7 +37,7 @@ GRAPHS: dict[str, Callable[..., Graph]] = {
 """Readers by name; `family` is generated, `folder` takes the option `path`, the others read `<root>/kg/...`."""
 
 
-def graph(name: str = "family", root: str | Path | None = None, **options: Any) -> Graph:
+def knowledge_graph(name: str = "family", root: str | Path | None = None, **options: Any) -> Graph:
     """A knowledge graph by name.
 
     Args:
@@ -50,7 +51,7 @@ def graph(name: str = "family", root: str | Path | None = None, **options: Any) 
         GraphError: an unknown name or option (with the nearest one), or a graph that cannot be used.
 
     Example:
-        >>> graph("family", seed=1).relations[:2]
+        >>> knowledge_graph("family", seed=1).relations[:2]
         ('parent_of', 'child_of')
     """
     if name not in GRAPHS:

@@ -71,7 +71,7 @@ def family_name(family: Family) -> str:
     return [name for name, cls in FAMILIES.items() if cls is type(family)][-1]
 
 
-def save_model(path: StrPath, model: KgeModel) -> None:
+def save_kge(path: StrPath, model: KgeModel) -> None:
     """Write a model as safetensors, atomically; the same model gives the same bytes.
 
     Args:
@@ -102,8 +102,8 @@ def save_model(path: StrPath, model: KgeModel) -> None:
     save_checkpoint(path, tensors, metadata={_HEADER: json.dumps(about, sort_keys=True)})
 
 
-def load_model(path: StrPath) -> KgeModel:
-    """Read a model that `save_model` wrote.
+def load_kge(path: StrPath) -> KgeModel:
+    """Read a model that `save_kge` wrote.
 
     Args:
         path: the folder or the file.

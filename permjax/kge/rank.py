@@ -124,7 +124,7 @@ def ranks(
 
     Example:
         >>> found = ranks(lambda h, r: jnp.zeros((len(h), graph.size)), graph)
-        >>> metrics(found)["amr"]
+        >>> rank_metrics(found)["amr"]
         1.0
 
     Source: Bordes et al., Translating embeddings for modeling multi-relational data (2013), for the filtered protocol;
@@ -255,7 +255,7 @@ def _undefined(asked: Queries, query: int) -> str:
 # metrics
 
 
-def metrics(found: Ranks, policy: Policy = "realistic") -> dict[str, float]:
+def rank_metrics(found: Ranks, policy: Policy = "realistic") -> dict[str, float]:
     """Means over queries: of 1/rank, of the rank, of rank <= k, and of the rank next to what chance would give.
 
     AMR is the mean rank over its expectation under random scores, mean((candidates + 1) / 2): 1 at chance, less is

@@ -67,31 +67,38 @@ class Relations:
         moved = _scores_of(self.family)(_at(self.elements, relation), _at(self.entities, padded), self._keys)
         return np.asarray(moved)[: len(heads)]
 
-    def agreements(self, sample: Int[np.ndarray, " some"]) -> tuple[np.ndarray, np.ndarray]:
-        """How alike maps are: the correlation of their scores, mean over heads.
+    def agreements(self, sample: Int[np.ndarray, " some"]) -> Float[np.ndarray, "elements elements"]:
+        """How alike relations and reverses are, [2 R, 2 R]: the correlation of their scores, mean over heads.
 
         The scores of a head, moved by either of two elements, are compared over tails; 1 means that no tail can tell
         the elements apart.
 
         Args:
             sample: ids of the entities that serve as heads and tails.
-
-        Returns:
-            The agreement of relations and reverses [2 R, 2 R], and that of compositions, [R, R, R]: entry (p, q, r) is
-            that of `compose(q, p)` with r, mean over it and over that of its reverse with the reverse of r.
         """
-        points = _at(self.entities, sample)
-        profiles = _profiles_of(self.family)
-        direct = profiles(self.elements, points)
-        count = self.count
+        direct = self._profiles(self.elements, sample)
+        return np.asarray(_alike(direct, direct))
+
+    def compositions(self, sample: Int[np.ndarray, " some"]) -> Float[np.ndarray, "relations relations relations"]:
+        """How alike compositions and relations are, [R, R, R], as `agreements` says it.
+
+        Entry (p, q, r) is for `compose(q, p)` and r, mean over it and over that of its reverse with the reverse of r.
+
+        Args:
+            sample: ids of the entities that serve as heads and tails.
+        """
+        direct, count = self._profiles(self.elements, sample), self.count
         forth, back = _at(self.elements, slice(None, count)), _at(self.elements, slice(count, None))
         composed = np.empty((count, count, count), np.float32)
         for p in range(count):
             first, last = (jax.tree.map(lambda x, p=p: jnp.broadcast_to(x[p], x.shape), some) for some in (forth, back))
-            there = profiles(self.family.compose(forth, first), points)
-            reverse = profiles(self.family.compose(last, back), points)
+            there = self._profiles(self.family.compose(forth, first), sample)
+            reverse = self._profiles(self.family.compose(last, back), sample)
             composed[p] = (_alike(there, direct[:count]) + _alike(reverse, direct[count:])) / 2
-        return np.asarray(_alike(direct, direct)), composed
+        return composed
+
+    def _profiles(self, elements: Element, sample: Int[np.ndarray, " some"]) -> Float[Array, "elements heads tails"]:
+        return _profiles_of(self.family)(elements, _at(self.entities, sample))
 
     def answers(
         self, relation: int, pairs: Int[np.ndarray, "n 2"], known: Int[np.ndarray, "k 2"], chosen: Int[np.ndarray, " m"]

@@ -149,7 +149,9 @@ def measure_rules(
     if relations.size != graph.size:
         raise ValueError(f"the model has {relations.size} entities, but {graph.name} has {graph.size}; give its own.")
     rng = np.random.default_rng(seed)
-    direct, composed = relations.agreements(np.sort(rng.permutation(graph.size)[:sample]))
+    some = np.sort(rng.permutation(graph.size)[:sample])
+    direct = relations.agreements(some)
+    composed = relations.compositions(some) if "composition" in kinds else np.empty((0, 0, 0), np.float32)
     count = relations.count
     typical = float(np.median(direct[:count, :count][~np.eye(count, dtype=bool)])) if count > 1 else 0.0
     direct, composed = ((part - typical) / max(1 - typical, 1e-6) for part in (direct, composed))

@@ -17,7 +17,7 @@ from permjax.kge.base import Family, Params
 from permjax.kge.batches import Examples, examples, most_tails, order
 from permjax.kge.graph import Graph
 from permjax.kge.queries import Queries, queries
-from permjax.kge.rank import metrics, model_scorer, rank_queries
+from permjax.kge.rank import model_scorer, rank_metrics, rank_queries
 from permjax.kge.step import KgeTraining, Programs, State, programs
 
 Progress: TypeAlias = Callable[[int, dict[str, np.ndarray]], None]
@@ -89,7 +89,7 @@ def train_kge(
         ValueError: there is no seed, or `checkpoint_dir` holds another run.
 
     Example:
-        >>> result = train_kge(Nfe1(dimension=64), graph("family"), KgeTraining(epochs=10), seeds=[0, 1, 2])
+        >>> result = train_kge(Nfe1(dimension=64), knowledge_graph("family"), KgeTraining(epochs=10), seeds=[0, 1, 2])
         >>> result.valid_mrr.mean()
 
     Source: Xiao et al., Knowledge Graph Embedding by Normalizing Flows (AAAI 2023), whose loss is the default.
@@ -184,7 +184,7 @@ class _Run:
                 begin = time.perf_counter()
                 params = jax.tree.map(lambda x, at=seed - group.start: x[at], some.state.params)
                 ranks = rank_queries(model_scorer(self.family, params, self.graph), self.asked)
-                history["valid_mrr"][epoch, seed] = metrics(ranks)["mrr"]
+                history["valid_mrr"][epoch, seed] = rank_metrics(ranks)["mrr"]
                 history["valid_seconds"][epoch, seed] = time.perf_counter() - begin
             if some.best is None:
                 some = some._replace(best=jax.tree.map(jnp.copy, some.state.params))

@@ -11,8 +11,8 @@ from permjax.cli import main
 from permjax.experiments.kge_rules_report import recovered
 from permjax.kge.family import family_graph
 from permjax.kge.graph import save_graph
-from permjax.kge.model_files import KgeModel, family_named, load_model, save_model
-from permjax.kge.rank import metrics, rank_model
+from permjax.kge.model_files import KgeModel, family_named, load_kge, save_kge
+from permjax.kge.rank import rank_metrics, rank_model
 from permjax.kge.rules import RuleReport
 
 TINY = (
@@ -47,7 +47,7 @@ def here(tmp_path, monkeypatch):
     graph = family_graph(couples=4, generations=3)
     family = family_named("nfe_1", {"dimension": 4})
     params = family.init(jax.random.key(0), graph.size, 2 * len(graph.relations), 0.3)
-    save_model("model", KgeModel(family, params, graph, 4.0))
+    save_kge("model", KgeModel(family, params, graph, 4.0))
     return graph
 
 
@@ -66,8 +66,8 @@ def test_a_folder_of_triples_becomes_a_model_that_answers(tmp_path, monkeypatch,
     write(tmp_path / "mine")
     assert run("train", "--graph", "mine", "--out", "out", "--no-progress", *TINY) == 0
     found = json.loads(Path("out/metrics.json").read_text())
-    model = load_model("out/model")
-    assert metrics(rank_model(model.family, model.params, model.graph))["mrr"] == pytest.approx(found["mrr"])
+    model = load_kge("out/model")
+    assert rank_metrics(rank_model(model.family, model.params, model.graph))["mrr"] == pytest.approx(found["mrr"])
     assert run("predict", "out", "--head", "ann", "--relation", "knows", "--top", "4") == 0
     printed = capsys.readouterr().out
     assert "(ann, knows, ?)" in printed
@@ -80,14 +80,14 @@ def test_evaluation_tells_every_treatment_of_ties_and_ranks_other_triples(here, 
     graph = here
     assert run("eval", "model", "-o", "report", "--split", "valid") == 0
     found = json.loads(Path("report/metrics.json").read_text())
-    model = load_model("model")
+    model = load_kge("model")
     wanted = rank_model(model.family, model.params, graph, "valid")
     for policy in ("optimistic", "realistic", "pessimistic", "libkge"):
-        assert found[f"mrr_{policy}"] == pytest.approx(metrics(wanted, policy)["mrr"])
+        assert found[f"mrr_{policy}"] == pytest.approx(rank_metrics(wanted, policy)["mrr"])
     save_graph(graph, "copy.npz")
     capsys.readouterr()
     assert run("eval", "model", "--graph", "copy.npz") == 0
-    own = metrics(rank_model(model.family, model.params, graph))
+    own = rank_metrics(rank_model(model.family, model.params, graph))
     assert f"MRR {own['mrr']:.3f}, Hits@1 {own['hits_at_1']:.3f}" in capsys.readouterr().out
 
 

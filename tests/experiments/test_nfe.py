@@ -13,8 +13,8 @@ from permjax.experiments.nfe_rows import chance, title
 from permjax.experiments.registry import experiments
 from permjax.kge.flows import Nfe1, Nfe2
 from permjax.kge.graph import family_graph, save_graph
-from permjax.kge.model_files import load_model
-from permjax.kge.rank import metrics, rank_model
+from permjax.kge.model_files import load_kge
+from permjax.kge.rank import rank_metrics, rank_model
 from permjax.kge.train import DivergedError, KgeTraining
 
 PEOPLE = {"couples": 4, "generations": 3}
@@ -97,11 +97,13 @@ def test_the_first_model_learns_and_permuted_triples_are_at_chance(outcome):
 
 
 def test_the_saved_model_is_that_of_the_best_seed_and_ranks_as_reported(outcome, folder):
-    model = load_model(folder / "model")
+    model = load_kge(folder / "model")
     assert model.family == Nfe1(dimension=8)
     assert model.about["seed"] in (0, 1)
     assert model.about["training"]["epochs"] == 4
-    own, valid = (metrics(rank_model(model.family, model.params, model.graph, split)) for split in ("test", "valid"))
+    own, valid = (
+        rank_metrics(rank_model(model.family, model.params, model.graph, split)) for split in ("test", "valid")
+    )
     assert valid["mrr"] == pytest.approx(model.about["valid_mrr"])
     assert model.about["valid_mrr"] >= outcome.metrics["valid_mrr"] - 1e-6
     half = outcome.metrics["mrr_std"] / np.sqrt(2)  # of two seeds
@@ -182,7 +184,7 @@ def test_an_untrained_model_is_at_chance_on_permuted_triples():
     family = Nfe2(dimension=8)
     params = family.init(jax.random.key(0), graph.size, 2 * len(graph.relations), 0.3)
     found = rank_model(family, params, graph, filtered=("train", "valid"))
-    assert metrics(found)["mrr"] == pytest.approx(chance(found.candidates), rel=0.15)
+    assert rank_metrics(found)["mrr"] == pytest.approx(chance(found.candidates), rel=0.15)
 
 
 # settings

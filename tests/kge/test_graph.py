@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from permjax.data.dataset import MissingData
-from permjax.kge.graph import GRAPHS, Graph, GraphError, graph
+from permjax.kge.graph import GRAPHS, Graph, GraphError, knowledge_graph
 
 pytestmark = pytest.mark.fast
 
@@ -80,14 +80,14 @@ def test_triples_of_another_type_or_shape_are_refused(triples):
 
 def test_the_default_graph_needs_no_file(monkeypatch):
     monkeypatch.delenv("PERMJAX_DATA", raising=False)
-    assert graph().name == "family"
-    assert graph(couples=4, generations=3).size < graph().size
+    assert knowledge_graph().name == "family"
+    assert knowledge_graph(couples=4, generations=3).size < knowledge_graph().size
 
 
 def test_a_graph_whose_files_are_missing_names_them_and_the_setting(tmp_path):
     for name in set(GRAPHS) - {"family", "folder"}:
         with pytest.raises(MissingData, match=r"kg/.*PERMJAX_DATA|kg/.*path"):
-            graph(name, tmp_path)
+            knowledge_graph(name, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -102,4 +102,4 @@ def test_a_graph_whose_files_are_missing_names_them_and_the_setting(tmp_path):
 )
 def test_an_unknown_name_or_option_is_refused(name, options, message):
     with pytest.raises(GraphError, match=message):
-        graph(name, **options)
+        knowledge_graph(name, **options)

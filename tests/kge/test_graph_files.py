@@ -6,7 +6,7 @@ import pytest
 
 from permjax.data.dataset import MissingData
 from permjax.kge.family import family_graph
-from permjax.kge.graph import GraphError, graph, load_graph, save_graph
+from permjax.kge.graph import GraphError, knowledge_graph, load_graph, save_graph
 
 pytestmark = pytest.mark.fast
 needs_data = pytest.mark.skipif("PERMJAX_DATA" not in os.environ, reason="PERMJAX_DATA names no folder of real data")
@@ -71,7 +71,7 @@ def test_a_graph_comes_back_from_an_archive_as_it_was(tmp_path):
 
 def test_the_name_folder_reads_a_path_below_the_root(write):
     folder = write(LABELS)
-    assert graph("folder", folder.parent, path=folder.name).entities == ("ann", "bob", "cid")
+    assert knowledge_graph("folder", folder.parent, path=folder.name).entities == ("ann", "bob", "cid")
 
 
 def test_repeated_train_triples_are_dropped_and_all_else_is_kept_and_reported(write):
@@ -156,6 +156,6 @@ def test_an_archive_without_its_arrays_or_with_ids_out_of_range_is_refused(tmp_p
     ],
 )
 def test_the_known_graphs_have_their_known_sizes(name, sizes, unseen):
-    found = graph(name)
+    found = knowledge_graph(name)
     assert (found.size, len(found.relations), *map(len, found.splits.values())) == sizes
     assert len(found.unseen) == unseen

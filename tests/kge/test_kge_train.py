@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from permjax.kge.flows import Nfe1
-from permjax.kge.rank import metrics, rank_model
+from permjax.kge.rank import rank_metrics, rank_model
 from permjax.kge.train import DivergedError, KgeTraining, train_kge
 from permjax.kge.triples import Graph
 from permjax.tree import unstack
@@ -49,7 +49,7 @@ def replaced(**settings):
 def learned():
     """Models of the graph, and their MRR on its test triples."""
     result = train_kge(FAMILY, GRAPH, replaced(epochs=20, valid_every=5), [0, 1])
-    return result, [metrics(rank_model(FAMILY, params, GRAPH))["mrr"] for params in unstack(result.params)]
+    return result, [rank_metrics(rank_model(FAMILY, params, GRAPH))["mrr"] for params in unstack(result.params)]
 
 
 def test_triples_that_were_never_seen_are_learned(learned):
@@ -63,7 +63,7 @@ def test_permuted_answers_are_ranked_no_better_than_by_chance(learned):
     found = rank_model(FAMILY, unstack(learned[0].params)[0], dataclasses.replace(GRAPH, test=wrong))
     chance = np.mean([(1 / np.arange(1, 1 + count)).mean() for count in found.candidates])
     assert len(wrong) > 20
-    assert metrics(found)["mrr"] < 1.1 * chance
+    assert rank_metrics(found)["mrr"] < 1.1 * chance
 
 
 def test_the_best_model_by_validation_is_kept(learned):
@@ -71,7 +71,9 @@ def test_the_best_model_by_validation_is_kept(learned):
     for seed, params in enumerate(unstack(result.params)):
         rows = result.history["valid_mrr"][:, seed]
         assert result.best_epoch[seed] == np.nanargmax(rows)
-        assert metrics(rank_model(FAMILY, params, GRAPH, "valid"))["mrr"] == pytest.approx(np.nanmax(rows), rel=1e-6)
+        assert rank_metrics(rank_model(FAMILY, params, GRAPH, "valid"))["mrr"] == pytest.approx(
+            np.nanmax(rows), rel=1e-6
+        )
         assert result.valid_mrr[seed] == np.nanmax(rows)
     assert np.flatnonzero(~np.isnan(result.history["valid_mrr"][:, 0])).tolist() == [4, 9, 14, 19]
     assert result.triples_per_second > 0
@@ -164,7 +166,7 @@ def test_relabelling_entities_and_their_rows_changes_nothing():
 def test_every_loss_learns_the_training_triples(loss):
     training = replaced(loss=loss, epochs=20, valid_every=0, negatives=16, chunk=8)
     result = train_kge(FAMILY, GRAPH, training, [0])
-    found = metrics(rank_model(FAMILY, unstack(result.params)[0], GRAPH, "train"))
+    found = rank_metrics(rank_model(FAMILY, unstack(result.params)[0], GRAPH, "train"))
     assert found["mrr"] > 0.8
     assert result.history["loss"][-1, 0] < 0.5 * result.history["loss"][0, 0]
 

@@ -9,7 +9,7 @@ import pytest
 
 from permjax.io.checkpoint import CheckpointError, open_checkpoint, save_checkpoint
 from permjax.kge.graph import Graph, GraphError
-from permjax.kge.model_files import KgeModel, KgeModelError, family_name, family_named, load_model, renamed, save_model
+from permjax.kge.model_files import KgeModel, KgeModelError, family_name, family_named, load_kge, renamed, save_kge
 from permjax.kge.models import FAMILIES
 from permjax.kge.triples import Rule
 
@@ -36,7 +36,7 @@ def model_of(name="nfe_2", **settings):
 
 @pytest.fixture
 def saved(tmp_path):
-    save_model(tmp_path / "model", model_of())
+    save_kge(tmp_path / "model", model_of())
     return tmp_path / "model"
 
 
@@ -50,14 +50,14 @@ def rewrite(folder, *, without=(), metadata=None, **changed):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_comes_back_with_its_tables(name, tmp_path):
     model = model_of(name)
-    save_model(tmp_path / "one.safetensors", model)
-    back = load_model(tmp_path / "one.safetensors")
+    save_kge(tmp_path / "one.safetensors", model)
+    back = load_kge(tmp_path / "one.safetensors")
     assert back.family == model.family
     jax.tree.map(np.testing.assert_array_equal, back.params, model.params)
 
 
 def test_everything_beside_the_tables_comes_back(saved):
-    back = load_model(saved)
+    back = load_kge(saved)
     assert (back.gamma, back.about) == (2.0, {"seed": 3, "training": {"epochs": 4}})
     for name in ("name", "entities", "relations", "rules", "notes"):
         assert getattr(back.graph, name) == getattr(GRAPH, name)
@@ -66,13 +66,13 @@ def test_everything_beside_the_tables_comes_back(saved):
 
 
 def test_the_same_model_gives_the_same_bytes(saved, tmp_path):
-    save_model(tmp_path / "again", model_of())
+    save_kge(tmp_path / "again", model_of())
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
 
 
 def test_hyper_parameters_come_back(tmp_path):
-    save_model(tmp_path, model_of("nfe_k", pieces=3, mode="published", base="uniform"))
-    family = load_model(tmp_path).family
+    save_kge(tmp_path, model_of("nfe_k", pieces=3, mode="published", base="uniform"))
+    family = load_kge(tmp_path).family
     assert family == family_named("nfe_k", {"dimension": 3, "pieces": 3, "mode": "published", "base": "uniform"})
     assert family_name(family) == "nfe_k"
 
@@ -96,19 +96,19 @@ def test_a_model_that_is_not_finite_is_not_saved(saved):
     before = (saved / "model.safetensors").read_bytes()
     model.params["entity"]["mean"] = model.params["entity"]["mean"].at[1, 1].set(np.nan)
     with pytest.raises(ValueError, match="entity/mean"):
-        save_model(saved, model)
+        save_kge(saved, model)
     assert (saved / "model.safetensors").read_bytes() == before
 
 
 def test_files_that_hold_something_else_are_named(saved, tmp_path):
     save_checkpoint(tmp_path / "other", {"x": np.zeros(3)})
     with pytest.raises(KgeModelError, match=r"other.* is no model of a knowledge graph"):
-        load_model(tmp_path / "other")
+        load_kge(tmp_path / "other")
     with pytest.raises(CheckpointError, match="nowhere"):
-        load_model(tmp_path / "nowhere")
+        load_kge(tmp_path / "nowhere")
     (saved / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        load_model(saved)
+        load_kge(saved)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_tables_that_do_not_fit_are_named(saved, change, words):
     without = change.pop("without", ())
     rewrite(saved, without=without, **change)
     with pytest.raises(ValueError, match=words):
-        load_model(saved)
+        load_kge(saved)
 
 
 def test_a_family_from_another_version_is_named(saved):
@@ -134,7 +134,7 @@ def test_a_family_from_another_version_is_named(saved):
     about["family"]["name"] = "nfe_9"
     rewrite(saved, metadata={"permjax_kge": json.dumps(about)})
     with pytest.raises(KgeModelError, match="no family 'nfe_9'"):
-        load_model(saved)
+        load_kge(saved)
 
 
 def test_triples_take_the_ids_of_another_graph():

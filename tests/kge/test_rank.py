@@ -8,7 +8,7 @@ import pytest
 from permjax.kge.breakdown import by_cardinality, by_direction, by_relation, cardinalities
 from permjax.kge.models import FAMILIES
 from permjax.kge.queries import queries
-from permjax.kge.rank import metrics, rank_model, rank_queries, ranks
+from permjax.kge.rank import rank_metrics, rank_model, rank_queries, ranks
 from permjax.kge.triples import Graph
 
 pytestmark = pytest.mark.fast
@@ -145,9 +145,9 @@ def test_an_oracle_comes_first_and_its_opposite_last():
     truth = np.zeros((graph.size, 2 * len(graph.relations), graph.size))
     truth[tuple(triples.T)] = 1
     best, worst = ranks(looked_up(truth), graph), ranks(looked_up(-truth), graph)
-    assert metrics(best, "pessimistic")["mrr"] == metrics(best)["amri"] == 1
+    assert rank_metrics(best, "pessimistic")["mrr"] == rank_metrics(best)["amri"] == 1
     np.testing.assert_array_equal(worst.optimistic, worst.candidates)
-    assert metrics(worst)["amri"] == pytest.approx(-1)
+    assert rank_metrics(worst)["amri"] == pytest.approx(-1)
 
 
 # laws
@@ -184,7 +184,7 @@ def test_other_ids_for_entities_and_relations_change_no_metric(name):
     order = {"entity": entity, "relation": both}
     moved = {table: {part: rows[order[table]] for part, rows in parts.items()} for table, parts in params.items()}
     ours, theirs = rank_model(family, params, graph), rank_model(family, moved, other)
-    assert all(metrics(ours, policy) == metrics(theirs, policy) for policy in POLICIES)
+    assert all(rank_metrics(ours, policy) == rank_metrics(theirs, policy) for policy in POLICIES)
     assert ours.ties.any()
 
 
@@ -209,9 +209,9 @@ def test_a_constant_scorer_has_the_rank_of_chance():
     graph = random_graph()
     found = ranks(looked_up(np.full((9, 6, 9), 2.5)), graph)
     np.testing.assert_array_equal(found.realistic, (found.candidates + 1) / 2)
-    assert metrics(found)["amr"] == pytest.approx(1, abs=1e-12)
-    assert metrics(found)["amri"] == pytest.approx(0, abs=1e-12)
-    assert metrics(found, "optimistic")["mrr"] == 1
+    assert rank_metrics(found)["amr"] == pytest.approx(1, abs=1e-12)
+    assert rank_metrics(found)["amri"] == pytest.approx(0, abs=1e-12)
+    assert rank_metrics(found, "optimistic")["mrr"] == 1
 
 
 def test_policies_are_ordered():
@@ -247,7 +247,7 @@ def test_metrics_are_their_closed_forms():
     table[2, 0, 7], table[2, 0, 3] = 1, 0.5
     found = ranks(looked_up(table), graph)
     np.testing.assert_array_equal(found.realistic, [1, 6.5, 3, 6.5])
-    assert metrics(found) == pytest.approx(
+    assert rank_metrics(found) == pytest.approx(
         {
             "mrr": (1 + 2 / 6.5 + 1 / 3) / 4,
             "mr": 17 / 4,
@@ -258,20 +258,20 @@ def test_metrics_are_their_closed_forms():
             "amri": 1 - 3.25 / 5.5,
         }
     )
-    assert metrics(found, "pessimistic")["hits_at_10"] == 0.5
+    assert rank_metrics(found, "pessimistic")["hits_at_10"] == 0.5
 
 
 def test_breakdowns_are_metrics_of_parts():
     graph = random_graph()
     found = ranks(looked_up(drawn_scores(graph)), graph)
     sides = by_direction(found)
-    assert metrics(found)["mrr"] == pytest.approx((sides["head"]["mrr"] + sides["tail"]["mrr"]) / 2)
+    assert rank_metrics(found)["mrr"] == pytest.approx((sides["head"]["mrr"] + sides["tail"]["mrr"]) / 2)
     assert sides["head"]["mr"] == found.realistic[1::2].mean()
     parts, counts = by_relation(found, graph), np.bincount(graph.test[:, 1])
     assert list(parts) == list(graph.relations)
     weighted = sum(n * part["mr"] for n, part in zip(counts, parts.values(), strict=True)) / counts.sum()
-    assert metrics(found)["mr"] == pytest.approx(weighted)
-    assert by_cardinality(found, graph, "libkge") == {"N-N": metrics(found, "libkge")}
+    assert rank_metrics(found)["mr"] == pytest.approx(weighted)
+    assert by_cardinality(found, graph, "libkge") == {"N-N": rank_metrics(found, "libkge")}
 
 
 def test_cardinalities_are_split_at_one_and_a_half():
@@ -312,4 +312,4 @@ def test_a_model_without_reciprocal_relations_is_refused():
 def test_no_ranks_have_no_metrics():
     found = ranks(looked_up(np.zeros((3, 2, 3))), graph_of(3, 1, test=[(0, 0, 1)]))
     with pytest.raises(ValueError, match="no ranks"):
-        metrics(found.where(np.zeros(2, bool)))
+        rank_metrics(found.where(np.zeros(2, bool)))

@@ -21,7 +21,7 @@ from pykeen.nn import modules  # noqa: E402
 
 from permjax.kge.breakdown import by_direction  # noqa: E402
 from permjax.kge.models import FAMILIES, score, score_all  # noqa: E402
-from permjax.kge.rank import metrics, ranks  # noqa: E402
+from permjax.kge.rank import rank_metrics, ranks  # noqa: E402
 from permjax.kge.triples import Graph  # noqa: E402
 
 POLICIES = ("optimistic", "realistic", "pessimistic")
@@ -118,7 +118,7 @@ def test_filtered_ranks_on_umls_are_those_of_pykeen(umls, tied_scores, split, fi
             np.testing.assert_array_equal(
                 getattr(found, policy)[start::2], np.concatenate(evaluator.ranks[side, policy])
             )
-        for side, values in {"both": metrics(found, policy), **by_direction(found, policy)}.items():
+        for side, values in {"both": rank_metrics(found, policy), **by_direction(found, policy)}.items():
             keys = {"mrr": "inverse_harmonic_mean_rank", "mr": "arithmetic_mean_rank"}
             keys |= {f"hits_at_{k}": f"hits_at_{k}" for k in (1, 3, 10)}
             if policy == "realistic":
