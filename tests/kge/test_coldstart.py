@@ -9,8 +9,6 @@ from permjax.kge.models import FAMILIES, moved, rows, score, score_all
 from permjax.kge.train import KgeTraining, train_kge
 from permjax.kge.triples import both_ways
 
-pytestmark = pytest.mark.fast
-
 D, E, R = 5, 9, 3
 OPTIONS = {"nfe_2 exact": {"mode": "exact"}, "nfe_k": {"pieces": 3}}
 

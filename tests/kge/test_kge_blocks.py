@@ -9,8 +9,6 @@ from permjax.kge.blocks import against_table
 from permjax.kge.flows import Nfe2, Nfe3
 from permjax.kge.models import against_all, moved
 
-pytestmark = pytest.mark.fast
-
 D, HEADS, RELATIONS = 3, jnp.array([0, 4, 8, 4]), jnp.array([1, 0, 2, 3])
 WEIGHTS = np.random.default_rng(0).standard_normal((4, 9))
 

@@ -13,8 +13,6 @@ from permjax.kge.train import KgeTraining, train_kge
 from permjax.kge.triples import Graph
 from permjax.kge.vectors import Distmult
 
-pytestmark = pytest.mark.fast
-
 E, R, D = 9, 2, 3
 DRAW = np.random.default_rng(0)
 TRIPLES = np.stack([DRAW.integers(0, n, 22) for n in (E, R, E)], axis=1).astype(np.int32)

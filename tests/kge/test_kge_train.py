@@ -13,8 +13,6 @@ from permjax.kge.train import DivergedError, KgeTraining, train_kge
 from permjax.kge.triples import Graph
 from permjax.tree import unstack
 
-pytestmark = pytest.mark.fast
-
 ENTITIES, GROUPS, JUMPS = 20, 4, (1, 2)
 ALL = [
     (i, r, j)

@@ -10,8 +10,6 @@ from permjax.kge.rules import measure_rules, recovery
 from permjax.kge.train import KgeTraining, train_kge
 from permjax.kge.triples import Rule
 
-pytestmark = pytest.mark.fast
-
 D, STARTS = 8, 12
 NAMES = ("first", "second", "both", "back", "mirror")
 PLANTED = {
