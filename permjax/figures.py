@@ -19,6 +19,7 @@ DPI = 192  # twice the usual, for screens of high density
 WIDTH = 6.0  # inches
 _LONGEST_NAME = 36
 _LEVELS = 14  # of a contour figure
+_NARROW = 8  # columns of a matrix whose cells hold three digits
 
 
 class Curve(NamedTuple):
@@ -345,11 +346,13 @@ def _draw_matrix(figure: Matrix, _: Canvas, axes: Axes, theme: _Theme) -> None:
     colours = LinearSegmentedColormap.from_list("cells", [theme.cell, theme.colours[1]])
     image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, aspect="auto")
     axes.set_title(figure.zlabel, loc="left", fontsize=10.5)
-    texts = iter(rounded(values[np.isfinite(values)]))
+    digits, size = (3, 9.5) if values.shape[1] <= _NARROW else (2, 7.5)
+    texts = iter(rounded(values[np.isfinite(values)], digits))
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
             dark = np.dot(colours(image.norm(value))[:3], (0.299, 0.587, 0.114)) < 0.5
-            axes.text(j, i, next(texts), ha="center", va="center", color="#ffffff" if dark else "#000000", fontsize=9.5)
+            ink = "#ffffff" if dark else "#000000"
+            axes.text(j, i, next(texts), ha="center", va="center", color=ink, fontsize=size)
     steep = _is_steep(figure)
     names = [_shortened(str(name)) for name in figure.columns]
     axes.set_xticks(range(len(names)), names, rotation=35 if steep else 0, ha="right" if steep else "center")
@@ -366,13 +369,13 @@ def _finite(values: Sequence | np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(array), array, np.nan)
 
 
-def rounded(values: Sequence | np.ndarray) -> list[str]:
-    """Numbers as text, all with the decimals that show three digits of the largest."""
+def rounded(values: Sequence | np.ndarray, digits: int = 3) -> list[str]:
+    """Numbers as text, all with the decimals that show this many digits of the largest."""
     sizes = [abs(float(value)) for value in values]
     largest = max((size for size in sizes if math.isfinite(size)), default=0.0)
     if 0 < largest < 1e-3 or largest >= 1e6:
-        return [f"{float(value):.2e}" for value in values]
-    decimals = max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 0
+        return [f"{float(value):.{digits - 1}e}" for value in values]
+    decimals = max(0, digits - 1 - math.floor(math.log10(largest))) if largest > 0 else 0
     return [f"{float(value):.{decimals}f}" for value in values]
 
 

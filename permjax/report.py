@@ -138,11 +138,11 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def format_value(value: Any) -> str:
-    """A number, truth value or text for a reader: four significant digits, `yes` and `no`."""
+    """A number, truth value or text for a reader: four digits, or all before the point, `yes` and `no`."""
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, Real) and not isinstance(value, int | np.integer):
-        return f"{float(value):.4g}"
+        return f"{float(value):,.0f}" if 1e4 <= abs(value) < 1e9 else f"{float(value):.4g}"
     return f"{value:,}" if isinstance(value, int | np.integer) else str(value)
 
 

@@ -186,6 +186,6 @@ def test_an_outcome_that_cannot_be_told_is_refused_before_anything_is_written(tm
 
 
 def test_readers_get_four_digits_words_for_truth_and_no_provenance():
-    values = [0.123456, 1234567, True, np.float32(2), "as is", 1e-7]
-    assert [format_value(v) for v in values] == ["0.1235", "1,234,567", "yes", "2", "as is", "1e-07"]
+    values = [0.123456, 1234567, True, np.float32(2), "as is", 1e-7, 24621.7, 3e9]
+    assert [format_value(v) for v in values] == ["0.1235", "1,234,567", "yes", "2", "as is", "1e-07", "24,622", "3e+09"]
     assert headline({"x": 0.5, "seed": 1, "versions": "v"}) == {"x": "0.5"}
