@@ -142,7 +142,8 @@ def format_value(value: Any) -> str:
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, Real) and not isinstance(value, int | np.integer):
-        return f"{float(value):,.0f}" if 1e4 <= abs(value) < 1e9 else f"{float(value):.4g}"
+        number = float(value)
+        return f"{number:,.0f}" if 1e4 <= abs(number) < 1e9 else f"{number:.4g}"
     return f"{value:,}" if isinstance(value, int | np.integer) else str(value)
 
 
