@@ -17,6 +17,7 @@ _MODULES = {
     "nfe_dihedral": "permjax.experiments.nfe_dihedral",
     "nfe_alignment": "permjax.experiments.nfe_alignment",
     "nfe": "permjax.experiments.nfe",
+    "spt": "permjax.experiments.spt",
 }
 
 

@@ -1,0 +1,154 @@
+"""The reversal curse: train small models by several methods, and ask them in both directions."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from permjax.experiments.registry import Experiment
+from permjax.experiments.spt_config import SptConfig
+from permjax.experiments.spt_report import Speed, Trial, report
+from permjax.files import atomic_path
+from permjax.nets.base import Net
+from permjax.report import Outcome
+from permjax.reversal.corpus import REVERSE_HELDOUT, Corpus, token_documents
+from permjax.reversal.evaluate import accuracies, antecedent_probe, compare_names, perplexity
+from permjax.reversal.methods import METHODS, Method, corpus_for
+from permjax.reversal.reorder import permute_units
+from permjax.reversal.training import Rows, rows_of, small_gpt, train
+from permjax.reversal.vocabulary import TAGS, Vocabulary
+
+_REPEATS = 200  # of a permutation, to time it
+
+
+class _Task(NamedTuple):
+    """What all methods of one seed share."""
+
+    seed: int
+    corpus: Corpus
+    words: Vocabulary
+    net: Net
+    rows: Mapping[str, Rows]
+
+
+def run(config: SptConfig, out: Path, progress: Any) -> Outcome:
+    """Run the experiment.
+
+    Args:
+        config: what to do.
+        out: folder of the run; training keeps its state in `out/state`, so that an interrupted run goes on.
+        progress: told about training.
+
+    Returns:
+        Metrics, tables and figures.
+    """
+    trials: dict[str, list[Trial]] = {name: [] for name in config.chosen}
+    tasks = [_task(config, config.seed + number) for number in range(config.seeds)]
+    for task in tasks:
+        for name in config.chosen:
+            trials[name].append(_trial(config, task, name, out / "state" / f"{name}-{task.seed}", progress))
+    first = tasks[0]
+    speed = Speed(_permute_seconds(first.rows[config.chosen[0]], config.trained.batch_size), *_rate(config, trials))
+    return report(config, first.corpus, trials, speed)
+
+
+def _task(config: SptConfig, seed: int) -> _Task:
+    corpus = config.load(seed)
+    words = corpus.vocabulary()
+    documents = {name: token_documents(corpus_for(METHODS[name], corpus), words) for name in config.chosen}
+    length = max(len(document["tokens"]) for some in documents.values() for document in some)
+    size = config.model
+    net = small_gpt(len(words), length, width=size.width, layers=size.layers, heads=size.heads)
+    return _Task(seed, corpus, words, net, {name: rows_of(some, length) for name, some in documents.items()})
+
+
+def _trial(config: SptConfig, task: _Task, name: str, folder: Path, progress: Any) -> Trial:
+    method, training, rows = METHODS[name], config.trained, task.rows[name]
+    watch = _Watch(task, method, folder.with_suffix(".json"), progress)
+    progress.start(f"{name}, seed {task.seed}", training.steps)
+    watch.begin()
+    trained = train(task.net, rows, method, training, task.seed, checkpoint_dir=folder, watch=watch)
+    progress.done()
+    tokens = float((rows["doc_ids"] >= 0).sum(axis=1).mean()) * training.batch_size
+    curve = {int(step): scores for step, scores in watch.seen.items()}
+    return Trial(_scores(task, method, trained.params), curve, trained.orders, tokens, watch.seconds)
+
+
+def _scores(task: _Task, method: Method, params: PyTree) -> dict[str, float]:
+    """Everything a trained model is asked."""
+    net, words, corpus = task.net, task.words, task.corpus
+    found = accuracies(net, params, corpus.prompts, words, method.form)
+    heldout = [prompt for prompt in corpus.prompts if prompt.kind == REVERSE_HELDOUT]
+    compared = compare_names(net, params, heldout, corpus.names, words, method.form)
+    found["name_above_random"] = 100 * compared.above
+    if method.form == "causal":
+        probe = antecedent_probe(net, params, corpus, words)
+        found |= {"antecedent_rank": probe.rank, "antecedent_first": 100 * probe.first}
+        documents = token_documents(corpus, words)
+        found["text_ppl"] = perplexity(net, params, dict(rows_of(documents)))
+    return found
+
+
+class _Watch:
+    """Asks a model while it is trained, keeps what it answered, and takes the time of the rest."""
+
+    def __init__(self, task: _Task, method: Method, file: Path, progress: Any):
+        self._task, self._method, self._file, self._progress = task, method, file, progress
+        self.seen: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
+        self.seconds: list[tuple[int, float]] = []
+        self._last = (0, 0.0)
+
+    def begin(self) -> None:
+        """Training goes on now."""
+        done = max(map(int, self.seen), default=0)
+        self._progress.step(done)
+        self._last = (done, time.perf_counter())
+
+    def __call__(self, done: int, params: PyTree) -> None:
+        """Training has come so far."""
+        jax.block_until_ready(params)
+        steps = done - self._last[0]
+        self.seconds.append((steps, time.perf_counter() - self._last[1]))
+        task, method = self._task, self._method
+        scores = accuracies(task.net, params, task.corpus.prompts, task.words, method.form)
+        self.seen[str(done)] = scores
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self._file) as temporary:
+            temporary.write_text(json.dumps(self.seen))
+        self._progress.step(steps, **{REVERSE_HELDOUT: f"{scores[REVERSE_HELDOUT]:.1f} %"})
+        self._last = (done, time.perf_counter())
+
+
+def _permute_seconds(rows: Rows, size: int) -> float:
+    """Seconds for permuting one batch in a compiled loop."""
+    batch = {name: jnp.asarray(leaf[:size]) for name, leaf in rows.items()}
+    length = batch["tokens"].shape[1]
+
+    def once(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+        moved = permute_units(jax.random.key(number), batch, max_units=length, tag_ids=TAGS)
+        return total + moved.batch["tokens"][:, 1].sum(), None
+
+    loop = jax.jit(lambda: jax.lax.scan(once, jnp.int32(0), jnp.arange(_REPEATS))[0])
+    loop().block_until_ready()
+    begin = time.perf_counter()
+    loop().block_until_ready()
+    return (time.perf_counter() - begin) / _REPEATS
+
+
+def _rate(config: SptConfig, trials: Mapping[str, list[Trial]]) -> tuple[float, float]:
+    """Tokens per second of training, and seconds of a step; without the first call of each run, which compiles."""
+    several = config.trained.steps > config.trained.every
+    found = [(trial.tokens, *pair) for some in trials.values() for trial in some for pair in trial.seconds[several:]]
+    if not found:
+        return float("nan"), float("nan")
+    tokens, steps, seconds = np.array(found).T
+    return float((tokens * steps).sum() / seconds.sum()), float(seconds.sum() / steps.sum())
+
+
+EXPERIMENT = Experiment(SptConfig, run)
