@@ -204,7 +204,8 @@ def _rules(given: KgeRules) -> Outcome:
         raise ValueError(message)
     few = len(model.graph.relations) <= _FEW
     kinds = given.kinds or (KINDS if few else tuple(kind for kind in KINDS if kind not in _SLOW))
-    return ruled_outcome(model, measure_rules(model.family, model.params, model.graph, kinds=kinds), given.top)
+    found = measure_rules(model.family, model.params, model.graph, kinds=kinds)
+    return ruled_outcome(model, found, kinds, given.top)
 
 
 _WORK: dict[type, Callable[[Any], Outcome]] = {

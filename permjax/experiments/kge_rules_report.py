@@ -15,27 +15,29 @@ from permjax.report import Matrix, Outcome, Table, Text
 _LARGEST_MAP = 13  # relations
 
 
-def ruled_outcome(model: KgeModel, found: RuleReport, top: int) -> Outcome:
+def ruled_outcome(model: KgeModel, found: RuleReport, kinds: Collection[str], top: int) -> Outcome:
     """The outcome of measuring rules.
 
     Args:
         model: whose rules they are.
         found: all that were measured.
+        kinds: which kinds were.
         top: how many of each kind to list.
     """
     graph, strong = model.graph, found.found()
     counts = {kind: sum(row.rule.kind == kind for row in strong) for kind in KINDS}
-    kinds = ", ".join(f"{kind} {count}" for kind, count in counts.items() if count) or "none"
+    told = ", ".join(f"{kind} {count}" for kind, count in counts.items() if count) or "none"
+    known = [rule for rule in graph.rules if rule.kind in kinds]
     summary = (
         f"{title(family_name(model.family))} of {graph.name}: {len(strong)} of {len(found.rules)} rules have at least "
-        f"the strength {STRENGTH:g} in the model and the confidence {CONFIDENCE:g} in train ({kinds})."
+        f"the strength {STRENGTH:g} in the model and the confidence {CONFIDENCE:g} in train ({told})."
     )
     numbers: dict[str, Any] = {"rules_measured": len(found.rules), "rules_found": len(strong)}
     tables = [rule_table(found, graph, top)]
-    if graph.rules:
-        numbers |= recovered(found, graph.rules)
+    if known:
+        numbers |= recovered(found, known)
         summary += f" {recovered_in_words(numbers)}"
-        tables.append(recovery_table(found, graph.rules))
+        tables.append(recovery_table(found, known))
     return Outcome(
         title=f"Rules of {graph.name} in a model",
         summary=summary,
