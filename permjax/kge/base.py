@@ -1,5 +1,6 @@
 """What every family of embeddings is: a set, a group that acts on it, and a similarity that is one matrix product."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -31,7 +32,7 @@ class Linear(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(ABC):
     """A family of embeddings: entities are points or laws of a set, relations are bijections of it.
 
     The relations generate a group of bijections of the set, a subgroup of its symmetric group. A triple (h, r, t) has
@@ -88,23 +89,23 @@ class Family:
 
     # the group
 
+    @abstractmethod
     def compose(self, second: Element, first: Element) -> dict[str, Any]:
         """The element that acts like `first`, then `second`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inverse(self, element: Element) -> dict[str, Any]:
         """The element that undoes this one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def identity(self, like: Element) -> dict[str, Any]:
         """The element that moves nothing, of the shapes of `like`."""
-        raise NotImplementedError
 
     # the set
 
+    @abstractmethod
     def act(self, element: Element, point: Point) -> dict[str, Any]:
         """Move points, or push laws forward."""
-        raise NotImplementedError
 
     def lift(self, point: Point) -> dict[str, Any]:  # noqa: ARG002
         """The element that moves the reference to this point: entities as elements of the same group as relations.
@@ -128,25 +129,25 @@ class Family:
 
     # the similarity
 
-    def coordinates(self, point: Point) -> Float[Array, "*batch width"]:
-        """Points as vectors, between which the similarity is a distance or an inner product."""
-        raise NotImplementedError
-
+    @abstractmethod
     def similarity(self, x: Point, y: Point) -> Float[Array, "*batch"]:
         """The similarity of moved heads and tails, by its definition."""
-        raise NotImplementedError
 
+    @abstractmethod
     def query(self, x: Point) -> Linear:
         """A moved head as one side of the similarity."""
-        raise NotImplementedError
 
+    @abstractmethod
     def key(self, y: Point) -> Linear:
         """A tail as the other side of the similarity."""
-        raise NotImplementedError
 
 
 class Euclidean(Family):
     """The similarity is a negative squared distance of coordinates: -|x - y|^2 = 2 x.y - |x|^2 - |y|^2."""
+
+    @abstractmethod
+    def coordinates(self, point: Point) -> Float[Array, "*batch width"]:
+        """Points as vectors, whose squared distance counts."""
 
     def similarity(self, x: Point, y: Point) -> Float[Array, "*batch"]:
         """The negative squared distance."""

@@ -70,7 +70,7 @@ def cold_start(
         raise ValueError(f"contrast is {contrast}; it must be at least 0 and less than 1.")
     triples = both_ways(triples, relations) if reciprocal else triples
     leaving, arriving = triples[triples[:, 0] == entity], triples[triples[:, 2] == entity]
-    if isinstance(family, Nfe3):
+    if not isinstance(family, Euclidean):
         row = _normal_law(*_sides(family, params, leaving[:, 1], leaving[:, 2]))
     else:
         table = family.entity(params["entity"])
@@ -106,7 +106,7 @@ def _padded(pairs: Int[np.ndarray, "n 2"]) -> tuple[Int[np.ndarray, "m 2"], Floa
 
 @functools.partial(jax.jit, static_argnums=0)
 def _least_squares(
-    family: Family,
+    family: Euclidean,
     out: Row,
     tails: Point,
     there: Float[Array, " n"],

@@ -34,11 +34,7 @@ class _Flows(AffineMaps, Euclidean):
     relation_parts = ("scale", "shift")
     mode: Mode = "published"
     base: Base = "normal"
-
-    @property
-    def pieces(self) -> int:
-        """Number of linear pieces K."""
-        raise NotImplementedError
+    pieces: int
 
     def entity_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every part of a row of the entity table."""

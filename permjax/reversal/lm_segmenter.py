@@ -125,13 +125,12 @@ def huggingface_logits(model: Any) -> Logits:
     """The logits of a causal language model of `transformers`, for `LMSegmenter`.
 
     Args:
-        model: in evaluation mode; called with `input_ids`, and its result has `logits`.
+        model: in evaluation mode, with parameters; called with `input_ids`, and its result has `logits`.
     """
-    import torch
+    whole = next(iter(model.parameters())).new_zeros(1).long()  # a tensor of whole numbers where the model is
 
     def logits(tokens: Int[np.ndarray, "rows t"]) -> Float[np.ndarray, "rows t vocabulary"]:
-        with torch.inference_mode():
-            ids = torch.from_numpy(tokens).long().to(model.device)
-            return model(input_ids=ids).logits.float().cpu().numpy()
+        found = model(input_ids=whole.new_tensor(tokens.tolist())).logits
+        return found.detach().float().cpu().numpy()
 
     return logits

@@ -144,10 +144,12 @@ def test_windows_of_a_short_context_score_like_one_long_pass_where_the_model_loo
 def test_a_hugging_face_model_is_read_through_its_logits():
     torch = pytest.importorskip("torch")
 
-    def model(input_ids):
-        return SimpleNamespace(logits=torch.from_numpy(arbitrary(input_ids.numpy())))
+    class Model(torch.nn.Linear):
+        def forward(self, input_ids):
+            assert input_ids.dtype == torch.int64
+            return SimpleNamespace(logits=torch.from_numpy(arbitrary(input_ids.numpy())))
 
-    model.device = "cpu"
+    model = Model(2, 2, dtype=torch.bfloat16)
     text = "the dog sees the bird near the fox"
     assert reader(huggingface_logits(model))(text) == reader()(text)
 
