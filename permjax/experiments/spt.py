@@ -1,8 +1,10 @@
 """The reversal curse: train small models by several methods, and ask them in both directions."""
 
+import itertools
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,29 +14,38 @@ import numpy as np
 from jaxtyping import PyTree
 
 from permjax.experiments.registry import Experiment
+from permjax.experiments.spt_assistant import Assistant, train_assistant
 from permjax.experiments.spt_config import SptConfig
 from permjax.experiments.spt_report import Speed, Trial, report
 from permjax.files import atomic_path
 from permjax.nets.base import Net
 from permjax.report import Outcome
-from permjax.reversal.corpus import REVERSE_HELDOUT, Corpus, token_documents
-from permjax.reversal.evaluate import accuracies, antecedent_probe, compare_names, perplexity
+from permjax.reversal.biographies import biographies
+from permjax.reversal.corpora import assistant_cuts
+from permjax.reversal.corpus import Corpus, reverse_kinds, token_documents
+from permjax.reversal.evaluate import accuracies, antecedent_probe, bleus, compare_names, perplexity
 from permjax.reversal.methods import METHODS, Method, corpus_for
 from permjax.reversal.reorder import permute_units
-from permjax.reversal.training import Rows, rows_of, small_gpt, train
+from permjax.reversal.segment import Segmenter
+from permjax.reversal.segment_metrics import SegmentScores
+from permjax.reversal.training import ReversalTraining, Rows, rows_of, small_gpt, train
 from permjax.reversal.vocabulary import TAGS, Vocabulary
 
 _REPEATS = 200  # of a permutation, to time it
 
 
 class _Task(NamedTuple):
-    """What all methods of one seed share."""
+    """What all methods of one seed, and of one share, have in common."""
 
+    name: str
     seed: int
+    share: float | None
     corpus: Corpus
     words: Vocabulary
     net: Net
     rows: Mapping[str, Rows]
+    start: PyTree | None
+    cuts: SegmentScores | None
 
 
 def run(config: SptConfig, out: Path, progress: Any) -> Outcome:
@@ -49,42 +60,73 @@ def run(config: SptConfig, out: Path, progress: Any) -> Outcome:
         Metrics, tables and figures.
     """
     trials: dict[str, list[Trial]] = {name: [] for name in config.chosen}
-    tasks = [_task(config, config.seed + number) for number in range(config.seeds)]
+    state = out / "state"
+    pairs = itertools.product(range(config.seed, config.seed + config.seeds), config.shares or (None,))
+    tasks = [_task(config, *pair, state, progress) for pair in pairs]
     for task in tasks:
         for name in config.chosen:
-            trials[name].append(_trial(config, task, name, out / "state" / f"{name}-{task.seed}", progress))
+            trials[name].append(_trial(config, task, name, state / f"{name}-{task.name}", progress))
     first = tasks[0]
     speed = Speed(_permute_seconds(first.rows[config.chosen[0]], config.trained.batch_size), *_rate(config, trials))
-    return report(config, first.corpus, trials, speed)
+    return report(config, first.corpus, trials, speed, [task.cuts for task in tasks if task.cuts is not None])
 
 
-def _task(config: SptConfig, seed: int) -> _Task:
-    corpus = config.load(seed)
-    words = corpus.vocabulary()
-    documents = {name: token_documents(corpus_for(METHODS[name], corpus), words) for name in config.chosen}
-    length = max(len(document["tokens"]) for some in documents.values() for document in some)
-    size = config.model
+def _task(config: SptConfig, seed: int, share: float | None, state: Path, progress: Any) -> _Task:
+    corpus, size = config.load(seed, share), config.model
+    name = str(seed) if share is None else f"{seed}-{share:g}"
+    base = None if config.pretraining is None else Corpus(biographies(corpus.names, seed=seed), (), ())
+    words = replace(corpus, documents=corpus.documents + (() if base is None else base.documents)).vocabulary()
+    assistant = None
+    if "spt_lm" in config.chosen:
+        progress.start(f"the assistant, seed {name}", 1)
+        assistant = train_assistant(corpus, words, config.assistant, seed, state / f"assistant-{name}")
+        progress.step()
+    cutters = _cutters(config, assistant)
+    documents = {name: token_documents(corpus_for(METHODS[name], corpus, cutters), words) for name in config.chosen}
+    known = [] if base is None else token_documents(base, words)
+    length = max(len(document["tokens"]) for some in (*documents.values(), known) for document in some)
     net = small_gpt(len(words), length, width=size.width, layers=size.layers, heads=size.heads)
-    return _Task(seed, corpus, words, net, {name: rows_of(some, length) for name, some in documents.items()})
+    start = None
+    if config.pretraining is not None:
+        progress.start(f"the base model, seed {name}", 1)
+        start = _base(net, rows_of(known, length), config.pretraining, seed, state / f"base-{name}")
+        progress.step()
+    rows = {name: rows_of(some, length) for name, some in documents.items()}
+    return _Task(name, seed, share, corpus, words, net, rows, start, None if assistant is None else assistant.scores)
+
+
+def _cutters(config: SptConfig, assistant: Assistant | None) -> dict[str, Segmenter]:
+    """The segmenters that the methods ask for, beside `rules`."""
+    found: dict[str, Segmenter] = {} if assistant is None else {"lm": assistant.segmenter}
+    if "spt_assistant" in config.chosen:
+        found["assistant"] = assistant_cuts(config.corpus, config.data.root)
+    return found
+
+
+def _base(net: Net, rows: Rows, training: ReversalTraining, seed: int, folder: Path) -> PyTree:
+    """A model of the people alone, told in original order."""
+    return train(net, rows, METHODS["ntp"], training, seed, checkpoint_dir=folder).params
 
 
 def _trial(config: SptConfig, task: _Task, name: str, folder: Path, progress: Any) -> Trial:
     method, training, rows = METHODS[name], config.trained, task.rows[name]
     watch = _Watch(task, method, folder.with_suffix(".json"), progress)
-    progress.start(f"{name}, seed {task.seed}", training.steps)
+    progress.start(f"{name}, seed {task.name}", training.steps)
     watch.begin()
-    trained = train(task.net, rows, method, training, task.seed, checkpoint_dir=folder, watch=watch)
+    trained = train(task.net, rows, method, training, task.seed, start=task.start, checkpoint_dir=folder, watch=watch)
     progress.done()
     tokens = float((rows["doc_ids"] >= 0).sum(axis=1).mean()) * training.batch_size
     curve = {int(step): scores for step, scores in watch.seen.items()}
-    return Trial(_scores(task, method, trained.params), curve, trained.orders, tokens, watch.seconds)
+    return Trial(_scores(task, method, trained.params), curve, trained.orders, tokens, watch.seconds, task.share)
 
 
 def _scores(task: _Task, method: Method, params: PyTree) -> dict[str, float]:
     """Everything a trained model is asked."""
     net, words, corpus = task.net, task.words, task.corpus
     found = accuracies(net, params, corpus.prompts, words, method.form)
-    heldout = [prompt for prompt in corpus.prompts if prompt.kind == REVERSE_HELDOUT]
+    found |= {f"bleu_{kind}": value for kind, value in _bleus(task, method, params).items()}
+    kinds, known = reverse_kinds(found), {*corpus.names}
+    heldout = [prompt for prompt in corpus.prompts if prompt.kind in kinds and prompt.answer in known]
     compared = compare_names(net, params, heldout, corpus.names, words, method.form)
     found["name_above_random"] = 100 * compared.above
     if method.form == "causal":
@@ -93,6 +135,12 @@ def _scores(task: _Task, method: Method, params: PyTree) -> dict[str, float]:
         documents = token_documents(corpus, words)
         found["text_ppl"] = perplexity(net, params, dict(rows_of(documents)))
     return found
+
+
+def _bleus(task: _Task, method: Method, params: PyTree) -> dict[str, float]:
+    """Of the answers that are longer than what has to be right of them."""
+    long = [prompt for prompt in task.corpus.prompts if prompt.most is not None]
+    return bleus(task.net, params, long, task.words, method.form) if long else {}
 
 
 class _Watch:
@@ -121,7 +169,8 @@ class _Watch:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self._file) as temporary:
             temporary.write_text(json.dumps(self.seen))
-        self._progress.step(steps, **{REVERSE_HELDOUT: f"{scores[REVERSE_HELDOUT]:.1f} %"})
+        shown = np.mean([scores[kind] for kind in reverse_kinds(scores)])
+        self._progress.step(steps, reverse=f"{shown:.1f} %")
         self._last = (done, time.perf_counter())
 
 

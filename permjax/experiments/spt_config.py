@@ -1,17 +1,14 @@
-"""What a run on the reversal curse trains: methods, on a generated corpus."""
+"""What a run on the reversal curse trains: methods, on a corpus."""
 
-from collections.abc import Callable, Mapping
+import inspect
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any, ClassVar
 
-from permjax.reversal.corpus import Corpus, chain, names, qa
+from permjax.reversal.corpora import CORPORA, load_corpus
+from permjax.reversal.corpus import Corpus
 from permjax.reversal.methods import METHODS
 from permjax.reversal.training import ReversalTraining
 from permjax.tree import nearest
-
-CORPORA: Mapping[str, Callable[..., Corpus]] = MappingProxyType({"names": names, "chain": chain, "qa": qa})
-"""Generated corpora by name."""
 
 FAST_METHODS = ("ntp", "token_permutation", "spt")
 FAST_STEPS = 1000
@@ -33,15 +30,32 @@ class GptConfig:
 
 
 @dataclass(frozen=True)
+class TextsConfig:
+    """Where the texts are.
+
+    Attributes:
+        root: the folder with `reversal/...`; the environment variable PERMJAX_DATA by default.
+    """
+
+    root: str | None = None
+
+
+@dataclass(frozen=True)
 class SptConfig:
     """An experiment on the reversal curse.
 
     Attributes:
-        corpus: one of `CORPORA`.
+        corpus: one of `permjax.reversal.corpora.CORPORA`.
         options: of the corpus, such as `both` and `one_way`.
+        data: where the texts of a corpus are that is not generated.
+        shares: of the facts of `names` or `chain`, that are told in both directions; each has models of its own. By
+            default there is one share, as the options have it.
         methods: names of `permjax.reversal.methods.METHODS`; all have the same steps and batches.
         model: the size of the model.
         training: how all are trained; after `every` steps the model is asked.
+        pretraining: training of a base model that all methods start from, on texts about the same people that tell
+            none of the facts (`permjax.reversal.biographies`), in original order; none by default.
+        assistant: training of the small assistant that cuts texts for `spt_lm`.
         fast: only `ntp`, `token_permutation` and `spt`, and 1,000 steps.
         seeds: number of models of every method, each with a corpus of its own; results are means over them.
         seed: they have the seeds `seed`, `seed + 1`, ...
@@ -50,11 +64,15 @@ class SptConfig:
     experiment: ClassVar[str] = "spt"
     corpus: str = "names"
     options: dict[str, Any] = field(default_factory=dict)
+    data: TextsConfig = TextsConfig()
+    shares: tuple[float, ...] = ()
     methods: tuple[str, ...] = (
         "ntp", "token_permutation", "ngram2", "ngram3", "unit_reversal", "spt", "spt_rules",
     )  # fmt: skip
     model: GptConfig = GptConfig()
     training: ReversalTraining = ReversalTraining(every=500)
+    pretraining: ReversalTraining | None = None
+    assistant: ReversalTraining = ReversalTraining(steps=600, batch_size=32, every=600)
     fast: bool = False
     seeds: int = 1
     seed: int = 0
@@ -67,8 +85,12 @@ class SptConfig:
                 raise ValueError(message)
         if not self.methods or len({*self.methods}) < len(self.methods) or self.seeds < 1:
             raise ValueError("methods must be one or more, each once, and seeds at least 1.")
-        if self.corpus == "qa" and "identity_bridge" in self.chosen:
-            raise ValueError("identity_bridge needs facts with a relation; take the corpus 'names' or 'chain'.")
+        for method, known in (("identity_bridge", ("names", "chain")), ("spt_assistant", ("descriptions",))):
+            if method in self.chosen and self.corpus not in known:
+                corpora = " or ".join(map(repr, known))
+                raise ValueError(f"{method} is not possible with the corpus {self.corpus!r}; take {corpora}.")
+        if self.shares and (self.corpus not in ("names", "chain") or not all(0 <= share <= 1 for share in self.shares)):
+            raise ValueError(f"shares {self.shares} must lie between 0 and 1, and need the corpus 'names' or 'chain'.")
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -80,6 +102,16 @@ class SptConfig:
         """How the run trains."""
         return replace(self.training, steps=min(self.training.steps, FAST_STEPS)) if self.fast else self.training
 
-    def load(self, seed: int) -> Corpus:
-        """The corpus of one seed."""
-        return CORPORA[self.corpus](**{"seed": seed} | self.options)
+    def load(self, seed: int, share: float | None = None) -> Corpus:
+        """The corpus of one seed, with as many facts as the options say, and a share of them told both ways.
+
+        Raises:
+            MissingData: its files are not there.
+            ValueError: it has no such options.
+        """
+        options = dict(self.options)
+        if share is not None:
+            defaults = inspect.signature(CORPORA[self.corpus]).parameters
+            total = sum(options.get(name, defaults[name].default) for name in ("both", "one_way"))
+            options |= {"both": round(share * total), "one_way": total - round(share * total)}
+        return load_corpus(self.corpus, self.data.root, seed=options.pop("seed", seed), **options)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from permjax.data.images import require
 from permjax.reversal.corpus import FORWARD, REVERSE_HELDOUT, REVERSE_SEEN, Corpus, Prompt, controls
 from permjax.reversal.rules import RuleSegmenter
 from permjax.reversal.segment import Segmenter, check_units
@@ -15,6 +16,7 @@ from permjax.reversal.sep_files import SepFileSegmenter
 FORWARD_NAMES, FORWARD_DESCRIPTIONS = "forward_names", "forward_descriptions"
 REVERSE_NAMES, REVERSE_DESCRIPTIONS = "reverse_names", "reverse_descriptions"
 
+_MOST = {FORWARD_DESCRIPTIONS: 3, REVERSE_DESCRIPTIONS: 3}  # words of an answer that must be right
 _TRAIN = ("both", "d2p", "p2d")  # the order of the authors' file of units
 _TESTS = {
     FORWARD_NAMES: "d2p_prompts_test",
@@ -28,19 +30,20 @@ def descriptions(folder: str | Path, segmenter: Segmenter | None = None) -> Corp
     """The first experiment of Berglund et al.: 30 people told name first, 30 description first, 30 both ways.
 
     Kinds: `forward_names` and `forward_descriptions`, asked in the direction of training, and `reverse_names` and
-    `reverse_descriptions`, in the other one; all in wordings that were not trained on.
+    `reverse_descriptions`, in the other one; all in wordings that were not trained on. Of descriptions the first three
+    words must be right.
 
     Args:
         folder: with `both_prompts_train.jsonl` and the like.
         segmenter: of the texts; `RuleSegmenter` by default. `assistant` has that of the authors of SPT.
 
     Raises:
-        FileNotFoundError: a file is missing; it is named.
+        MissingData: a file is missing; it is named.
     """
     segmenter = RuleSegmenter() if segmenter is None else segmenter
     documents = tuple(check_units(text, segmenter(text)) for text in description_texts(folder))
     prompts = [
-        Prompt(kind, record["prompt"], record["completion"].strip())
+        Prompt(kind, record["prompt"], record["completion"].strip(), most=_MOST.get(kind))
         for kind, name in _TESTS.items()
         for record in _records(Path(folder) / f"{name}.jsonl")
     ]
@@ -76,7 +79,7 @@ def celebrities(file: str | Path, *, both: float = 0.5, seed: int = 0) -> Corpus
         seed: of that choice.
 
     Raises:
-        FileNotFoundError: the file is missing.
+        MissingData: the file is missing.
     """
     with _found(file).open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
@@ -101,8 +104,4 @@ def _records(path: Path) -> list[dict[str, str]]:
 
 
 def _found(file: str | Path) -> Path:
-    path = Path(file)
-    if not path.is_file():
-        message = f"There is no file {path}; it comes with the paper's public repository "
-        raise FileNotFoundError(message + "(lukasberglund/reversal_curse). Give the folder that has it.")
-    return path
+    return require(Path(file), "a file of the paper's public repository, lukasberglund/reversal_curse")

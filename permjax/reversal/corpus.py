@@ -5,7 +5,7 @@ one pool, so that no word alone names anybody; fillers before a fact keep names 
 and every fact is asked in a template in which it was never told.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from permjax.reversal.vocabulary import BOS, EOS, TAGS, Vocabulary
 
 FORWARD, REVERSE_SEEN, REVERSE_HELDOUT = "forward", "reverse_seen", "reverse_heldout"
 CHAIN, UNKNOWN_ANSWER, CONTROL = "chain", "unknown", "control"
+WRONG = "_wrong"
+"""What the share of wrong answers that a prompt names adds to its kind."""
 PARENTS = Relation("mother", "child")
 """The relation of the generated facts."""
 
@@ -48,12 +50,14 @@ class Prompt(NamedTuple):
         text: what the model is given.
         answer: what should follow; empty where no answer is known.
         wrong: what follows if the association was learned and not the relation; empty where there is no such thing.
+        most: only so many words of a long answer must be right (prefix match); all by default.
     """
 
     kind: str
     text: str
     answer: str
     wrong: str = ""
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,18 @@ class Corpus:
 
     def vocabulary(self) -> Vocabulary:
         """The words of the texts and of the questions."""
-        return Vocabulary.of([*self.texts, *(word for prompt in self.prompts for word in prompt[1:])])
+        asked = (text for prompt in self.prompts for text in (prompt.text, prompt.answer, prompt.wrong))
+        return Vocabulary.of([*self.texts, *asked])
+
+
+def forward_kinds(kinds: Iterable[str]) -> list[str]:
+    """The kinds of questions that are asked in the direction of training."""
+    return [kind for kind in kinds if kind.startswith(FORWARD) and not kind.endswith(WRONG)]
+
+
+def reverse_kinds(kinds: Iterable[str]) -> list[str]:
+    """The kinds of questions in a direction that was never told: what the reversal curse is about."""
+    return [kind for kind in kinds if kind.startswith("reverse") and kind != REVERSE_SEEN and not kind.endswith(WRONG)]
 
 
 def segmented(corpus: Corpus, segmenter: Segmenter) -> Corpus:

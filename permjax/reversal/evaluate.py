@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from permjax.nets.base import Net
-from permjax.reversal.corpus import Corpus, Prompt
+from permjax.reversal.corpus import WRONG, Corpus, Prompt
 from permjax.reversal.layout import next_token, positions, visible
 from permjax.reversal.methods import Form
 from permjax.reversal.questions import Questions, lay_out
@@ -50,7 +50,6 @@ def accuracies(
     vocabulary: Vocabulary,
     form: Form = "causal",
     *,
-    most: int | None = None,
     tagged: bool = True,
 ) -> dict[str, float]:
     """Right answers of each kind in percent, and under `<kind>_wrong` the wrong ones that a prompt names.
@@ -58,10 +57,10 @@ def accuracies(
     Args:
         net: the network.
         params: its weights.
-        prompts: the questions; those without an answer count as wrong ones only.
+        prompts: the questions; those without an answer count as wrong ones only. Of a prompt with `most` only the first
+            so many words of the answer must be right.
         vocabulary: of the model.
         form: how the model is asked (`Method.form`).
-        most: only the first so many words of an answer must be right: prefix match.
         tagged: whether texts begin with the tag of their order.
 
     Source: exact match of Berglund et al. (ICLR 2024).
@@ -69,10 +68,10 @@ def accuracies(
     found: dict[str, float] = {}
     for suffix, asked in (
         ("", [prompt for prompt in prompts if prompt.answer]),
-        ("_wrong", [prompt._replace(answer=prompt.wrong) for prompt in prompts if prompt.wrong]),
+        (WRONG, [prompt._replace(answer=prompt.wrong) for prompt in prompts if prompt.wrong]),
     ):
         if asked:
-            questions = lay_out(asked, vocabulary, form, most=most, tagged=tagged)
+            questions = lay_out(asked, vocabulary, form, tagged=tagged)
             right = exact(greedy(net, params, questions), questions)
             found |= {kind + suffix: 100 * value for kind, value in by_kind(asked, right).items()}
     return found
@@ -88,7 +87,8 @@ def bleus(
     tagged: bool = True,
 ) -> dict[str, float]:
     """The mean BLEU of the answers of each kind over words, in percent; each is cut to the length it should have."""
-    questions = lay_out(prompts, vocabulary, form, tagged=tagged)
+    whole = [prompt._replace(most=None) for prompt in prompts]
+    questions = lay_out(whole, vocabulary, form, tagged=tagged)
     found = greedy(net, params, questions)
     rows = zip(found, questions.answers, questions.known, strict=True)
     values = [bleu(own[known], right[known]) for own, right, known in rows]

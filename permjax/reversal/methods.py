@@ -26,13 +26,13 @@ class Method(NamedTuple):
     Attributes:
         objective: `next_token` after a permutation, or `mlm_u`, `bico` or `masked_copy`.
         recipe: the units and the probabilities of orders.
-        rules: whether units are cut by `RuleSegmenter`, and not those of the corpus.
+        cut: which segmenter cuts the units (`rules`, `assistant` or `lm`); those of the corpus by default.
         bridge: whether identity bridges are added to the texts.
     """
 
     objective: Literal["next_token", "mlm_u", "bico", "masked_copy"] = "next_token"
     recipe: Recipe = RECIPES["ntp"]
-    rules: bool = False
+    cut: str = ""
     bridge: bool = False
 
     @property
@@ -48,7 +48,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     {
         **{name: Method(recipe=RECIPES[name]) for name in _PERMUTED},
         "random_permutation": Method(recipe=RECIPES["random_permutation"]),
-        "spt_rules": Method(recipe=RECIPES["spt"], rules=True),
+        **{f"spt_{cut}": Method(recipe=RECIPES["spt"], cut=cut) for cut in ("rules", "assistant", "lm")},
         "bico": Method("bico"),
         "mlm_u": Method("mlm_u"),
         "masked_ft": Method("masked_copy"),
@@ -58,16 +58,16 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 """Methods by name; those that permute are described beside `permjax.reversal.transforms.RECIPES`."""
 
 
-def corpus_for(method: Method, corpus: Corpus, rules: Segmenter | None = None) -> Corpus:
+def corpus_for(method: Method, corpus: Corpus, cutters: Mapping[str, Segmenter] | None = None) -> Corpus:
     """The texts and units that a method is trained on.
 
     Args:
         method: the method.
         corpus: with units of its own.
-        rules: what cuts texts where the method wants rules; `RuleSegmenter()` by default.
+        cutters: segmenters by the name that a method gives in `cut`; only `rules` by default.
     """
     found = bridged(corpus) if method.bridge else corpus
-    return segmented(found, RuleSegmenter() if rules is None else rules) if method.rules else found
+    return segmented(found, {"rules": RuleSegmenter(), **(cutters or {})}[method.cut]) if method.cut else found
 
 
 def prepare(method: Method, key: Array, batch: Batch) -> tuple[dict[str, Any], Int[Array, " 3"]]:

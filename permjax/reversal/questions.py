@@ -40,7 +40,6 @@ def lay_out(
     form: Form = "causal",
     *,
     tagged: bool = True,
-    most: int | None = None,
     length: int | None = None,
 ) -> Questions:
     """Prompts as rows: in original order, with its tag, as documents of `token_documents` are.
@@ -53,14 +52,13 @@ def lay_out(
         vocabulary: of the model.
         form: `causal`, `masked` or `copy`.
         tagged: whether texts begin with the tag of their order, and not with `<bos>`.
-        most: only so many tokens of each answer are asked for; all by default.
         length: tokens of a row; as many as are needed by default.
 
     Raises:
         ValueError: a row is too short.
     """
     begin = TAGS[0] if tagged else BOS
-    answers = [vocabulary.ids(prompt.answer)[:most] for prompt in prompts]
+    answers = [vocabulary.ids(prompt.answer)[: prompt.most] for prompt in prompts]
     rows, starts = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         row, start = _row([begin, *vocabulary.ids(prompt.text)], max(len(answer), 1), form)

@@ -156,7 +156,8 @@ def test_descriptions_are_read_with_their_kinds(tmp_path):
     assert corpus.texts == ["Ann Lee is known as the aunt of Tom."] * 3
     kinds = ["forward_names", "forward_descriptions", "reverse_names", "reverse_descriptions"]
     assert [prompt.kind for prompt in corpus.prompts] == kinds
-    assert corpus.prompts[0][1:] == ("Ann Lee is known as", "the aunt of Tom.", "")
+    assert corpus.prompts[0][1:] == ("Ann Lee is known as", "the aunt of Tom.", "", None)
+    assert [prompt.most for prompt in corpus.prompts] == [None, 3, None, 3]
     (tmp_path / "units.txt").write_text("Ann Lee [SEP] is known as the aunt of Tom.\n" * 3)
     cut = segmented(corpus, berglund.assistant(tmp_path, tmp_path / "units.txt"))
     assert cut.documents[0] == ("Ann Lee", " is known as the aunt of Tom.")
@@ -172,7 +173,7 @@ def test_celebrities_are_asked_backwards_only_about_parents_of_one_child(tmp_pat
     corpus = berglund.celebrities(tmp_path / "pairs.csv", both=0.0)
     assert corpus.documents[2] == ("Bob Ray", "'s father is", " Sam Ray")
     assert len(corpus.documents) == len(asked(corpus, "forward")) == 3
-    assert asked(corpus, "reverse_heldout") == [("reverse_heldout", "Sam Ray's child is", "Bob Ray", "")]
+    assert asked(corpus, "reverse_heldout") == [("reverse_heldout", "Sam Ray's child is", "Bob Ray", "", None)]
     both = berglund.celebrities(tmp_path / "pairs.csv", both=1.0)
     assert len(both.documents) == 6
     assert [prompt.kind for prompt in both.prompts] == ["forward", "forward", "forward", "reverse_seen"]

@@ -93,7 +93,9 @@ def test_accuracies_are_by_kind_with_the_wrong_answers_that_were_named():
 
 
 def test_a_prefix_match_asks_for_the_first_words_alone():
-    assert evaluate.accuracies(NET, cycle(), PROMPTS[:3], WORDS, most=1)["short"] == 100
+    prompts = [prompt._replace(most=1) for prompt in PROMPTS[:3]]
+    assert evaluate.accuracies(NET, cycle(), prompts, WORDS)["short"] == 100
+    assert evaluate.bleus(NET, cycle(), prompts, WORDS) == evaluate.bleus(NET, cycle(), PROMPTS[:3], WORDS)
 
 
 def test_bleu_of_a_sentence_by_hand():

@@ -12,6 +12,7 @@ from permjax.reversal.corpus import Prompt, chain, names, token_documents
 from permjax.reversal.evaluate import accuracies
 from permjax.reversal.methods import METHODS, corpus_for, prepare
 from permjax.reversal.rules import RuleSegmenter
+from permjax.reversal.segment import NGramSegmenter
 from permjax.reversal.training import ReversalTraining, rows_of, small_gpt, train
 from permjax.reversal.vocabulary import EOS, MASK, TAGS
 
@@ -87,6 +88,8 @@ def test_every_method_gives_the_loop_tokens_labels_and_weights():
 def test_methods_are_trained_on_their_own_units_and_texts():
     assert corpus_for(SPT, CORPUS) == CORPUS
     assert corpus_for(METHODS["spt_rules"], CORPUS).documents[0] == RuleSegmenter()(CORPUS.texts[0])
+    cut = corpus_for(METHODS["spt_lm"], CORPUS, {"lm": NGramSegmenter(2)})
+    assert cut.documents[0] == NGramSegmenter(2)(CORPUS.texts[0])
     assert len(corpus_for(METHODS["identity_bridge"], CORPUS).documents) == len(CORPUS.documents) + 5
     assert [METHODS[name].form for name in ("spt", "bico", "mlm_u", "masked_ft")] == [
         "causal",
