@@ -4,9 +4,8 @@ import itertools
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +13,18 @@ import numpy as np
 from jaxtyping import PyTree
 
 from permjax.experiments.registry import Experiment
-from permjax.experiments.spt_assistant import Assistant, train_assistant
 from permjax.experiments.spt_config import SptConfig
 from permjax.experiments.spt_report import Speed, Trial, report
+from permjax.experiments.spt_tasks import Task, open_checkpoint_model, save_tuned, task_of
 from permjax.files import atomic_path
-from permjax.nets.base import Net
 from permjax.report import Outcome
-from permjax.reversal.biographies import biographies
-from permjax.reversal.corpora import assistant_cuts
-from permjax.reversal.corpus import Corpus, reverse_kinds, token_documents
+from permjax.reversal.corpus import reverse_kinds, token_documents
 from permjax.reversal.evaluate import accuracies, antecedent_probe, bleus, compare_names, perplexity
-from permjax.reversal.methods import METHODS, Method, corpus_for
+from permjax.reversal.methods import METHODS, Method
 from permjax.reversal.reorder import permute_units
-from permjax.reversal.segment import Segmenter
-from permjax.reversal.segment_metrics import SegmentScores
-from permjax.reversal.training import ReversalTraining, Rows, rows_of, small_gpt, train
-from permjax.reversal.vocabulary import TAGS, Vocabulary
+from permjax.reversal.training import Rows, rows_of, train
 
 _REPEATS = 200  # of a permutation, to time it
-
-
-class _Task(NamedTuple):
-    """What all methods of one seed, and of one share, have in common."""
-
-    name: str
-    seed: int
-    share: float | None
-    corpus: Corpus
-    words: Vocabulary
-    net: Net
-    rows: Mapping[str, Rows]
-    start: PyTree | None
-    cuts: SegmentScores | None
 
 
 def run(config: SptConfig, out: Path, progress: Any) -> Outcome:
@@ -62,67 +41,48 @@ def run(config: SptConfig, out: Path, progress: Any) -> Outcome:
     trials: dict[str, list[Trial]] = {name: [] for name in config.chosen}
     state = out / "state"
     pairs = itertools.product(range(config.seed, config.seed + config.seeds), config.shares or (None,))
-    tasks = [_task(config, *pair, state, progress) for pair in pairs]
+    model = open_checkpoint_model(config)
+    tasks = [task_of(config, model, *pair, state, progress) for pair in pairs]
     for task in tasks:
         for name in config.chosen:
-            trials[name].append(_trial(config, task, name, state / f"{name}-{task.name}", progress))
+            trial, learned = _trial(config, task, name, state / f"{name}-{task.name}", progress)
+            trials[name].append(trial)
+            if model is not None and task is tasks[0]:
+                save_tuned(model, task.learner, learned, out / "model" / name)
     first = tasks[0]
     speed = Speed(_permute_seconds(first.rows[config.chosen[0]], config.trained.batch_size), *_rate(config, trials))
     return report(config, first.corpus, trials, speed, [task.cuts for task in tasks if task.cuts is not None])
 
 
-def _task(config: SptConfig, seed: int, share: float | None, state: Path, progress: Any) -> _Task:
-    corpus, size = config.load(seed, share), config.model
-    name = str(seed) if share is None else f"{seed}-{share:g}"
-    base = None if config.pretraining is None else Corpus(biographies(corpus.names, seed=seed), (), ())
-    words = replace(corpus, documents=corpus.documents + (() if base is None else base.documents)).vocabulary()
-    assistant = None
-    if "spt_lm" in config.chosen:
-        progress.start(f"the assistant, seed {name}", 1)
-        assistant = train_assistant(corpus, words, config.assistant, seed, state / f"assistant-{name}")
-        progress.step()
-    cutters = _cutters(config, assistant)
-    documents = {name: token_documents(corpus_for(METHODS[name], corpus, cutters), words) for name in config.chosen}
-    known = [] if base is None else token_documents(base, words)
-    length = max(len(document["tokens"]) for some in (*documents.values(), known) for document in some)
-    net = small_gpt(len(words), length, width=size.width, layers=size.layers, heads=size.heads)
-    start = None
-    if config.pretraining is not None:
-        progress.start(f"the base model, seed {name}", 1)
-        start = _base(net, rows_of(known, length), config.pretraining, seed, state / f"base-{name}")
-        progress.step()
-    rows = {name: rows_of(some, length) for name, some in documents.items()}
-    return _Task(name, seed, share, corpus, words, net, rows, start, None if assistant is None else assistant.scores)
-
-
-def _cutters(config: SptConfig, assistant: Assistant | None) -> dict[str, Segmenter]:
-    """The segmenters that the methods ask for, beside `rules`."""
-    found: dict[str, Segmenter] = {} if assistant is None else {"lm": assistant.segmenter}
-    if "spt_assistant" in config.chosen:
-        found["assistant"] = assistant_cuts(config.corpus, config.data.root)
-    return found
-
-
-def _base(net: Net, rows: Rows, training: ReversalTraining, seed: int, folder: Path) -> PyTree:
-    """A model of the people alone, told in original order."""
-    return train(net, rows, METHODS["ntp"], training, seed, checkpoint_dir=folder).params
-
-
-def _trial(config: SptConfig, task: _Task, name: str, folder: Path, progress: Any) -> Trial:
+def _trial(config: SptConfig, task: Task, name: str, folder: Path, progress: Any) -> tuple[Trial, PyTree]:
+    """One model: what it answers, and its trained parameters."""
     method, training, rows = METHODS[name], config.trained, task.rows[name]
     watch = _Watch(task, method, folder.with_suffix(".json"), progress)
     progress.start(f"{name}, seed {task.name}", training.steps)
     watch.begin()
-    trained = train(task.net, rows, method, training, task.seed, start=task.start, checkpoint_dir=folder, watch=watch)
+    learner = task.learner
+    trained = train(
+        learner.trained,
+        rows,
+        method,
+        training,
+        task.seed,
+        start=learner.start,
+        frozen=learner.frozen,
+        special=task.words.special,
+        checkpoint_dir=folder,
+        watch=watch,
+    )
     progress.done()
     tokens = float((rows["doc_ids"] >= 0).sum(axis=1).mean()) * training.batch_size
     curve = {int(step): scores for step, scores in watch.seen.items()}
-    return Trial(_scores(task, method, trained.params), curve, trained.orders, tokens, watch.seconds, task.share)
+    scores = _scores(task, method, learner.whole(trained.params))
+    return Trial(scores, curve, trained.orders, tokens, watch.seconds, task.share), trained.params
 
 
-def _scores(task: _Task, method: Method, params: PyTree) -> dict[str, float]:
+def _scores(task: Task, method: Method, params: PyTree) -> dict[str, float]:
     """Everything a trained model is asked."""
-    net, words, corpus = task.net, task.words, task.corpus
+    net, words, corpus = task.learner.net, task.words, task.corpus
     found = accuracies(net, params, corpus.prompts, words, method.form)
     found |= {f"bleu_{kind}": value for kind, value in _bleus(task, method, params).items()}
     kinds, known = reverse_kinds(found), {*corpus.names}
@@ -137,16 +97,16 @@ def _scores(task: _Task, method: Method, params: PyTree) -> dict[str, float]:
     return found
 
 
-def _bleus(task: _Task, method: Method, params: PyTree) -> dict[str, float]:
+def _bleus(task: Task, method: Method, params: PyTree) -> dict[str, float]:
     """Of the answers that are longer than what has to be right of them."""
     long = [prompt for prompt in task.corpus.prompts if prompt.most is not None]
-    return bleus(task.net, params, long, task.words, method.form) if long else {}
+    return bleus(task.learner.net, params, long, task.words, method.form) if long else {}
 
 
 class _Watch:
     """Asks a model while it is trained, keeps what it answered, and takes the time of the rest."""
 
-    def __init__(self, task: _Task, method: Method, file: Path, progress: Any):
+    def __init__(self, task: Task, method: Method, file: Path, progress: Any):
         self._task, self._method, self._file, self._progress = task, method, file, progress
         self.seen: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
         self.seconds: list[tuple[int, float]] = []
@@ -164,7 +124,8 @@ class _Watch:
         steps = done - self._last[0]
         self.seconds.append((steps, time.perf_counter() - self._last[1]))
         task, method = self._task, self._method
-        scores = accuracies(task.net, params, task.corpus.prompts, task.words, method.form)
+        params = task.learner.whole(params)
+        scores = accuracies(task.learner.net, params, task.corpus.prompts, task.words, method.form)
         self.seen[str(done)] = scores
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self._file) as temporary:
@@ -180,7 +141,7 @@ def _permute_seconds(rows: Rows, size: int) -> float:
     length = batch["tokens"].shape[1]
 
     def once(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-        moved = permute_units(jax.random.key(number), batch, max_units=length, tag_ids=TAGS)
+        moved = permute_units(jax.random.key(number), batch, max_units=length)
         return total + moved.batch["tokens"][:, 1].sum(), None
 
     loop = jax.jit(lambda: jax.lax.scan(once, jnp.int32(0), jnp.arange(_REPEATS))[0])

@@ -41,6 +41,21 @@ class TextsConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates that are trained in the place of a checkpoint's matrices.
+
+    Attributes:
+        rank: of the updates.
+        alpha: they are scaled by `alpha / rank`.
+        targets: a pattern for the names of the matrices.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str = "*"
+
+
+@dataclass(frozen=True)
 class SptConfig:
     """An experiment on the reversal curse.
 
@@ -52,6 +67,9 @@ class SptConfig:
             default there is one share, as the options have it.
         methods: names of `permjax.reversal.methods.METHODS`; all have the same steps and batches.
         model: the size of the model.
+        checkpoint: a folder with a language model to fine-tune (config.json, tokenizer.json, safetensors), in the place
+            of `model`. Models are trained from scratch by default.
+        lora: low-rank updates to train in the place of all weights of a checkpoint.
         training: how all are trained; after `every` steps the model is asked.
         pretraining: training of a base model that all methods start from, on texts about the same people that tell
             none of the facts (`permjax.reversal.biographies`), in original order; none by default.
@@ -70,6 +88,8 @@ class SptConfig:
         "ntp", "token_permutation", "ngram2", "ngram3", "unit_reversal", "spt", "spt_rules",
     )  # fmt: skip
     model: GptConfig = GptConfig()
+    checkpoint: str | None = None
+    lora: LoraConfig | None = None
     training: ReversalTraining = ReversalTraining(every=500)
     pretraining: ReversalTraining | None = None
     assistant: ReversalTraining = ReversalTraining(steps=600, batch_size=32, every=600)
@@ -89,6 +109,12 @@ class SptConfig:
             if method in self.chosen and self.corpus not in known:
                 corpora = " or ".join(map(repr, known))
                 raise ValueError(f"{method} is not possible with the corpus {self.corpus!r}; take {corpora}.")
+        masked = [method for method in self.chosen if METHODS[method].objective != "next_token"]
+        if self.checkpoint is not None and (masked or self.pretraining is not None):
+            what = f"the method {masked[0]}, which needs a token for masks" if masked else "pretraining"
+            raise ValueError(f"a checkpoint cannot be fine-tuned with {what}; leave one of them out.")
+        if self.lora is not None and self.checkpoint is None:
+            raise ValueError("lora needs a checkpoint, whose weights it leaves alone.")
         if self.shares and (self.corpus not in ("names", "chain") or not all(0 <= share <= 1 for share in self.shares)):
             raise ValueError(f"shares {self.shares} must lie between 0 and 1, and need the corpus 'names' or 'chain'.")
 

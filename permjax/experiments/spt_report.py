@@ -1,6 +1,7 @@
 """What a run on the reversal curse tells: both directions by method, controls and probes, and what it costs."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,6 +172,9 @@ def _setting(config: Any, corpus: Corpus, trials: Trials) -> str:
 
 
 def _begin(config: Any) -> str:
+    if config.checkpoint is not None:
+        how = "in all weights" if config.lora is None else f"by updates of rank {config.lora.rank}"
+        return f"fine-tuned {how} from the checkpoint {Path(config.checkpoint).name}, with training drawn"
     if config.pretraining is None:
         return "trained from scratch"
     about = "texts about the same people that tell none of the facts, in original order"

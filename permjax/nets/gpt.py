@@ -11,7 +11,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from permjax.nets.base import Architecture, Net
-from permjax.nets.language import IGNORED_KEYS, Weights, check_length, language_model, masked_softmax, widen
+from permjax.nets.language import (
+    IGNORED_KEYS,
+    Hook,
+    Weights,
+    check_length,
+    language_model,
+    masked_softmax,
+    unchanged,
+    widen,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,11 @@ class GPT2Config:
             raise ValueError(f"'prefix' must be '' or 'transformer.', not {self.prefix!r}.")
 
     @property
+    def positions(self) -> int:
+        """Longest sequence."""
+        return self.n_positions
+
+    @property
     def inner(self) -> int:
         """Hidden width of a block's MLP."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
@@ -82,7 +96,8 @@ def apply(
     tokens: Int[Array, "batch tokens"],
     *,
     positions: Int[Array, "batch tokens"] | None = None,
-    visible: Bool[Array, "batch tokens tokens"] | None = None,
+    visible: Bool[Array, "batch tokens keys"] | None = None,
+    hook: Hook = unchanged,
 ) -> Float[Array, "batch tokens vocabulary"]:
     """Logits of the next token at each position.
 
@@ -93,6 +108,10 @@ def apply(
         positions: the position of each token, less than the length; 0, 1, 2 ... by default. Where several documents
             share a row, the place in its own one.
         visible: which token (third axis) each token (second axis) may attend to; by default all but later ones.
+        hook: is given named activations and returns what is used in their place: "h.{i}.attn:key" and
+            "h.{i}.attn:value" [batch, tokens, heads, width of a head], which it may make longer or shorter if `visible`
+            fits, "h.{i}.mlp.c_proj:in" and "h.{i}.mlp.c_proj:out" [batch, tokens, features], and the residual stream
+            after a block, "h.{i}". Names have no prefix.
     """
     check_length(tokens, config.n_positions)
 
@@ -103,20 +122,27 @@ def apply(
     places = jnp.take(weight("wpe.weight"), jnp.arange(tokens.shape[1]) if positions is None else positions, axis=0)
     x = jnp.take(weight("wte.weight"), tokens, axis=0) + (places[None] if positions is None else places)
     for i in range(config.n_layer):
-        x = x + _attention(config, weight, f"h.{i}.attn", norm(f"h.{i}.ln_1", x), visible)
-        hidden = jax.nn.gelu(_conv1d(weight, f"h.{i}.mlp.c_fc", norm(f"h.{i}.ln_2", x)), approximate=True)
-        x = x + _conv1d(weight, f"h.{i}.mlp.c_proj", hidden)
+        x = x + _attention(config, weight, f"h.{i}.attn", norm(f"h.{i}.ln_1", x), visible, hook)
+        x = hook(f"h.{i}", x + _mlp(weight, f"h.{i}.mlp", norm(f"h.{i}.ln_2", x), hook))
     head = weight("wte.weight") if config.tie_word_embeddings else params["lm_head.weight"]
     return jnp.einsum("btd,vd->btv", norm("ln_f", x), head)
 
 
-def _attention(config: GPT2Config, weight: Callable[[str], Array], name: str, x: Array, visible: Array | None) -> Array:
+def _attention(
+    config: GPT2Config, weight: Callable[[str], Array], name: str, x: Array, visible: Array | None, hook: Hook
+) -> Array:
     batch, tokens, width = x.shape
     heads = (batch, tokens, config.n_head, width // config.n_head)
     query, key, value = (part.reshape(heads) for part in jnp.split(_conv1d(weight, f"{name}.c_attn", x), 3, axis=-1))
+    key, value = hook(f"{name}:key", key), hook(f"{name}:value", value)
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(heads[-1])
     mixed = jnp.einsum("bhqk,bkhd->bqhd", masked_softmax(scores, visible), value)
     return _conv1d(weight, f"{name}.c_proj", mixed.reshape(batch, tokens, width))
+
+
+def _mlp(weight: Callable[[str], Array], name: str, x: Array, hook: Hook) -> Array:
+    hidden = hook(f"{name}.c_proj:in", jax.nn.gelu(_conv1d(weight, f"{name}.c_fc", x), approximate=True))
+    return hook(f"{name}.c_proj:out", _conv1d(weight, f"{name}.c_proj", hidden))
 
 
 def _conv1d(weight: Callable[[str], Array], name: str, x: Array) -> Array:

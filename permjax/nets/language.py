@@ -1,7 +1,7 @@
 """What the language models share: pure functions over flat dicts with Hugging Face names."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from permjax.nets.base import Net, stateless
+from permjax.tree import nearest
 
 Weights = Mapping[str, Array]
+
+Hook: TypeAlias = Callable[[str, Array], Array]
+"""`hook(name, activation)` returns what the model goes on with: the same to look at it, another to inject it."""
 
 # Keys of Hugging Face configurations that leave the logits of evaluation mode alone.
 IGNORED_KEYS = frozenset(
@@ -80,10 +84,56 @@ def language_model(
         length = min(_EXAMPLE_TOKENS, positions)
         return (jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length) % config.vocab_size,)
 
-    def apply_config(params: Weights, tokens: Array, **context: Array) -> Array:
+    def apply_config(params: Weights, tokens: Array, **context: Any) -> Array:
         return apply(config, params, tokens, **context)
 
     return stateless(config, init, apply_config, example_inputs)
+
+
+def unchanged(name: str, value: Array) -> Array:
+    """The hook that leaves every activation as it is."""
+    del name
+    return value
+
+
+def record(
+    apply: Callable[..., Array],
+    params: Weights,
+    tokens: Int[Array, "batch tokens"],
+    names: Collection[str],
+    *,
+    hook: Hook = unchanged,
+    **context: Any,
+) -> tuple[Float[Array, "batch tokens vocabulary"], dict[str, Array]]:
+    """Logits, and activations by name.
+
+    Args:
+        apply: of a language model.
+        params: the weights by name.
+        tokens: numbers of tokens.
+        names: the activations that are asked for; the `apply` of each architecture says which there are.
+        hook: is called before; what it returns is recorded.
+        **context: what else `apply` takes.
+
+    Raises:
+        ValueError: the model has no activation of that name.
+
+    Example:
+        >>> logits, seen = record(net.apply, params, tokens, ["h.0"])
+        >>> seen["h.0"].shape
+        (2, 16, 768)
+    """
+    seen: dict[str, Array] = {}
+
+    def see(name: str, value: Array) -> Array:
+        seen[name] = hook(name, value)
+        return seen[name]
+
+    logits = apply(params, tokens, hook=see, **context)
+    for name in names:
+        if name not in seen:
+            raise ValueError(f"The model has no activation {name!r}{nearest(name, seen)}.")
+    return logits, {name: seen[name] for name in names}
 
 
 def check_length(tokens: Int[Array, "batch tokens"], positions: int) -> None:

@@ -12,7 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from permjax.config import ConfigError
 from permjax.nets.base import Architecture, Net
-from permjax.nets.language import IGNORED_KEYS, Weights, check_length, language_model, masked_softmax, widen
+from permjax.nets.language import (
+    IGNORED_KEYS,
+    Hook,
+    Weights,
+    check_length,
+    language_model,
+    masked_softmax,
+    unchanged,
+    widen,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,11 @@ class LlamaConfig:
             raise ValueError(f"The head width is {self.head_width}; rotary positions need an even one.")
 
     @property
+    def positions(self) -> int:
+        """Longest sequence."""
+        return self.max_position_embeddings
+
+    @property
     def kv_heads(self) -> int:
         """Number of key and value heads."""
         return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
@@ -105,7 +119,8 @@ def apply(
     tokens: Int[Array, "batch tokens"],
     *,
     positions: Int[Array, "batch tokens"] | None = None,
-    visible: Bool[Array, "batch tokens tokens"] | None = None,
+    visible: Bool[Array, "batch tokens keys"] | None = None,
+    hook: Hook = unchanged,
 ) -> Float[Array, "batch tokens vocabulary"]:
     """Logits of the next token at each position.
 
@@ -116,41 +131,53 @@ def apply(
         positions: the position of each token, less than the length; 0, 1, 2 ... by default. Where several documents
             share a row, the place in its own one.
         visible: which token (third axis) each token (second axis) may attend to; by default all but later ones.
+        hook: is given named activations and returns what is used in their place: "layers.{i}.self_attn:key" (rotated)
+            and "layers.{i}.self_attn:value" [batch, tokens, heads, width of a head], which it may make longer or
+            shorter if `visible` fits, "layers.{i}.mlp.down_proj:in" and "layers.{i}.mlp.down_proj:out"
+            [batch, tokens, features], and the residual stream after a block, "layers.{i}".
     """
     check_length(tokens, config.max_position_embeddings)
     norm = functools.partial(_rms_norm, params, epsilon=config.rms_norm_eps)
     x = jnp.take(params["model.embed_tokens.weight"], tokens, axis=0)
-    rotary = _rotary(config, tokens.shape[1], x.dtype)
-    if positions is not None:
-        rotary = tuple(jnp.take(table[0], positions, axis=0) for table in rotary)
+    rotary = _rotary(config, tokens.shape[1], positions, x.dtype)
     for i in range(config.num_hidden_layers):
-        block = f"model.layers.{i}"
-        x = x + _attention(config, params, f"{block}.self_attn", norm(f"{block}.input_layernorm", x), rotary, visible)
-        x = x + _mlp(params, f"{block}.mlp", norm(f"{block}.post_attention_layernorm", x))
+        block = f"layers.{i}"
+        normal = norm(f"model.{block}.input_layernorm", x)
+        x = x + _attention(config, params, f"{block}.self_attn", normal, rotary, visible, hook)
+        x = hook(block, x + _mlp(params, f"{block}.mlp", norm(f"model.{block}.post_attention_layernorm", x), hook))
     head = params["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     return jnp.einsum("btd,vd->btv", norm("model.norm", x), head)
 
 
 def _attention(
-    config: LlamaConfig, params: Weights, name: str, x: Array, rotary: tuple[Array, ...], visible: Array | None
+    config: LlamaConfig,
+    params: Weights,
+    name: str,
+    x: Array,
+    rotary: tuple[Array, ...],
+    visible: Array | None,
+    hook: Hook,
 ) -> Array:
     batch, tokens, _ = x.shape
     kv, width = config.kv_heads, config.head_width
     linear = functools.partial(_linear, params, bias=config.attention_bias)
-    query = linear(f"{name}.q_proj", x).reshape(batch, tokens, kv, -1, width)
-    key = linear(f"{name}.k_proj", x).reshape(batch, tokens, kv, width)
-    value = linear(f"{name}.v_proj", x).reshape(batch, tokens, kv, width)
-    query, key = _rotate(query, rotary), _rotate(key, rotary)
+    query = linear(f"model.{name}.q_proj", x).reshape(batch, tokens, kv, -1, width)
+    key = linear(f"model.{name}.k_proj", x).reshape(batch, tokens, kv, width)
+    value = hook(f"{name}:value", linear(f"model.{name}.v_proj", x).reshape(batch, tokens, kv, width))
+    query, key = _rotate(query, rotary), hook(f"{name}:key", _rotate(key, rotary))
     scores = jnp.einsum("bqngd,bknd->bngqk", query, key) / math.sqrt(width)
     mixed = jnp.einsum("bngqk,bknd->bqngd", masked_softmax(scores, visible), value)
-    return linear(f"{name}.o_proj", mixed.reshape(batch, tokens, -1))
+    return linear(f"model.{name}.o_proj", mixed.reshape(batch, tokens, -1))
 
 
-def _rotary(config: LlamaConfig, tokens: int, dtype: Any) -> tuple[Array, Array]:
-    """Cosine and sine of position times frequency, each [1, tokens, head_width / 2]."""
+def _rotary(config: LlamaConfig, tokens: int, positions: Array | None, dtype: Any) -> tuple[Array, Array]:
+    """Cosine and sine of position times frequency, each [1 or batch, tokens, head_width / 2]."""
     frequencies = config.rope_theta ** (-np.arange(0, config.head_width, 2) / config.head_width)
-    angles = np.arange(tokens)[:, None] * frequencies[None, :]
-    return jnp.asarray(np.cos(angles)[None], dtype), jnp.asarray(np.sin(angles)[None], dtype)
+    if positions is None:
+        angles = np.arange(tokens)[None, :, None] * frequencies[None, None, :]
+        return jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
+    turns = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None, :]
+    return jnp.cos(turns).astype(dtype), jnp.sin(turns).astype(dtype)
 
 
 def _rotate(x: Float[Array, "batch tokens *heads width"], rotary: tuple[Array, ...]) -> Array:
@@ -160,9 +187,10 @@ def _rotate(x: Float[Array, "batch tokens *heads width"], rotary: tuple[Array, .
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _mlp(params: Weights, name: str, x: Array) -> Array:
-    gate = jax.nn.silu(_linear(params, f"{name}.gate_proj", x))
-    return _linear(params, f"{name}.down_proj", gate * _linear(params, f"{name}.up_proj", x))
+def _mlp(params: Weights, name: str, x: Array, hook: Hook) -> Array:
+    gate = jax.nn.silu(_linear(params, f"model.{name}.gate_proj", x))
+    hidden = hook(f"{name}.down_proj:in", gate * _linear(params, f"model.{name}.up_proj", x))
+    return hook(f"{name}.down_proj:out", _linear(params, f"model.{name}.down_proj", hidden))
 
 
 def _linear(params: Weights, name: str, x: Array, *, bias: bool = False) -> Array:

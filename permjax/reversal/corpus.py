@@ -14,7 +14,7 @@ import numpy as np
 from permjax.reversal.bridge import Relation, identity_bridges
 from permjax.reversal.segment import Segmenter, check_units
 from permjax.reversal.tokens import unit_ids
-from permjax.reversal.vocabulary import BOS, EOS, TAGS, Vocabulary
+from permjax.reversal.vocabulary import Vocabulary, Words
 
 FORWARD, REVERSE_SEEN, REVERSE_HELDOUT = "forward", "reverse_seen", "reverse_heldout"
 CHAIN, UNKNOWN_ANSWER, CONTROL = "chain", "unknown", "control"
@@ -115,19 +115,21 @@ def bridged(corpus: Corpus, repeats: int = 1) -> Corpus:
     return replace(corpus, documents=corpus.documents * repeats + tuple(bridges))
 
 
-def token_documents(corpus: Corpus, vocabulary: Vocabulary, *, tagged: bool = True) -> list[dict[str, Any]]:
+def token_documents(corpus: Corpus, words: Words, *, tagged: bool = True) -> list[dict[str, Any]]:
     """The documents as `permjax.reversal.packing.pack` takes them.
 
-    Each begins with the tag of the original order (or with `<bos>`) and ends with `<eos>`; both are pinned.
+    Each begins with the tag of the original order, where the model has tags and they are wanted, or else with the
+    token that begins a text, and ends with the one that ends it; both are pinned.
     """
-    start = TAGS[0] if tagged else BOS
+    special = words.special
+    start = special.original if tagged else special.begin
     found = []
     for number, units in enumerate(corpus.documents):
-        ids, offsets = vocabulary("".join(units))
+        ids, offsets = words("".join(units))
         own, _ = unit_ids(units, offsets)
         pinned = np.zeros(len(ids) + 2, bool)
         pinned[[0, -1]] = True
-        tokens = np.array([start, *ids, EOS], np.int32)
+        tokens = np.array([start, *ids, special.end], np.int32)
         found.append({"tokens": tokens, "unit_ids": np.pad(own, 1, constant_values=-1), "pinned": pinned})
         found[-1]["example_id"] = number
     return found

@@ -17,7 +17,7 @@ from permjax.reversal.corpus import WRONG, Corpus, Prompt
 from permjax.reversal.layout import next_token, positions, visible
 from permjax.reversal.methods import Form
 from permjax.reversal.questions import Questions, lay_out
-from permjax.reversal.vocabulary import Vocabulary
+from permjax.reversal.vocabulary import Words
 
 BATCH = 256
 """Rows that a model answers at a time."""
@@ -47,7 +47,7 @@ def accuracies(
     net: Net,
     params: PyTree,
     prompts: Sequence[Prompt],
-    vocabulary: Vocabulary,
+    words: Words,
     form: Form = "causal",
     *,
     tagged: bool = True,
@@ -59,7 +59,7 @@ def accuracies(
         params: its weights.
         prompts: the questions; those without an answer count as wrong ones only. Of a prompt with `most` only the first
             so many words of the answer must be right.
-        vocabulary: of the model.
+        words: of the model.
         form: how the model is asked (`Method.form`).
         tagged: whether texts begin with the tag of their order.
 
@@ -71,7 +71,7 @@ def accuracies(
         (WRONG, [prompt._replace(answer=prompt.wrong) for prompt in prompts if prompt.wrong]),
     ):
         if asked:
-            questions = lay_out(asked, vocabulary, form, tagged=tagged)
+            questions = lay_out(asked, words, form, tagged=tagged)
             right = exact(greedy(net, params, questions), questions)
             found |= {kind + suffix: 100 * value for kind, value in by_kind(asked, right).items()}
     return found
@@ -81,14 +81,14 @@ def bleus(
     net: Net,
     params: PyTree,
     prompts: Sequence[Prompt],
-    vocabulary: Vocabulary,
+    words: Words,
     form: Form = "causal",
     *,
     tagged: bool = True,
 ) -> dict[str, float]:
     """The mean BLEU of the answers of each kind over words, in percent; each is cut to the length it should have."""
     whole = [prompt._replace(most=None) for prompt in prompts]
-    questions = lay_out(whole, vocabulary, form, tagged=tagged)
+    questions = lay_out(whole, words, form, tagged=tagged)
     found = greedy(net, params, questions)
     rows = zip(found, questions.answers, questions.known, strict=True)
     values = [bleu(own[known], right[known]) for own, right, known in rows]
@@ -147,7 +147,7 @@ def compare_names(
     params: PyTree,
     prompts: Sequence[Prompt],
     names: Sequence[str],
-    vocabulary: Vocabulary,
+    words: Words,
     form: Form = "causal",
     *,
     seed: int = 0,
@@ -159,7 +159,7 @@ def compare_names(
     rng = np.random.default_rng(seed)
     drawn = [_other(rng, names, prompt.answer) for prompt in prompts]
     both = [*prompts, *(prompt._replace(answer=name) for prompt, name in zip(prompts, drawn, strict=True))]
-    right, random = np.split(_per_token(net, params, lay_out(both, vocabulary, form)), 2)
+    right, random = np.split(_per_token(net, params, lay_out(both, words, form)), 2)
     return NameComparison(float(right.mean()), float(random.mean()), float((right > random).mean()))
 
 
@@ -181,7 +181,7 @@ def antecedent_probe(
     net: Net,
     params: PyTree,
     corpus: Corpus,
-    vocabulary: Vocabulary,
+    words: Words,
     *,
     count: int = 100,
     candidates: int = 20,
@@ -197,7 +197,7 @@ def antecedent_probe(
         net: the network.
         params: its weights.
         corpus: its documents with two units or more are used.
-        vocabulary: of the model.
+        words: of the model.
         count: how many texts, at most.
         candidates: the right unit and random others.
         seed: of the choice.
@@ -206,7 +206,7 @@ def antecedent_probe(
         ValueError: the corpus has no text of two units, or too few different units.
     """
     prompts = _antecedents(corpus, count, candidates, np.random.default_rng(seed))
-    scores = _per_token(net, params, lay_out(prompts, vocabulary)).reshape(-1, candidates)
+    scores = _per_token(net, params, lay_out(prompts, words)).reshape(-1, candidates)
     ranks = 1 + ((scores[:, 1:] > scores[:, :1]) + 0.5 * (scores[:, 1:] == scores[:, :1])).sum(axis=1)
     return Antecedents(float(ranks.mean()), float((ranks == 1).mean()), candidates)
 

@@ -14,7 +14,7 @@ from permjax.reversal.reorder import ORDERS, permute_units
 from permjax.reversal.rules import RuleSegmenter
 from permjax.reversal.segment import Segmenter
 from permjax.reversal.transforms import RECIPES, Recipe, with_units
-from permjax.reversal.vocabulary import MASK, TAGS
+from permjax.reversal.vocabulary import WORD_TOKENS, Special, mask_of
 
 Form = Literal["causal", "masked", "copy"]
 """How a model is asked: to go on, to fill masks that it sees from both sides, or to copy a text with masks."""
@@ -70,17 +70,23 @@ def corpus_for(method: Method, corpus: Corpus, cutters: Mapping[str, Segmenter] 
     return segmented(found, {"rules": RuleSegmenter(), **(cutters or {})}[method.cut]) if method.cut else found
 
 
-def prepare(method: Method, key: Array, batch: Batch) -> tuple[dict[str, Any], Int[Array, " 3"]]:
+def prepare(
+    method: Method, key: Array, batch: Batch, special: Special = WORD_TOKENS
+) -> tuple[dict[str, Any], Int[Array, " 3"]]:
     """What the loss takes of a batch, and how many documents have the original, the reversed and a random order.
 
     Args:
         method: the method.
         key: of this epoch; what is drawn depends on it and on the example alone.
-        batch: rows as `permjax.reversal.layout` has them, with words of a `Vocabulary`.
+        batch: rows as `permjax.reversal.layout` has them.
+        special: the tags and the mask of the model.
+
+    Raises:
+        ValueError: the method hides tokens, and the model has no mask.
     """
     if method.objective == "next_token":
         rows = with_units(key, batch, method.recipe)
-        moved = permute_units(key, rows, method.recipe.probs, max_units=batch["tokens"].shape[-1], tag_ids=TAGS)
+        moved = permute_units(key, rows, method.recipe.probs, max_units=batch["tokens"].shape[-1], tag_ids=special.tags)
         return next_token(moved.batch), jnp.stack([(moved.orders == order).sum() for order in range(len(ORDERS))])
     hide = {"mlm_u": mlm_u, "bico": bico, "masked_copy": masked_copy}[method.objective]
-    return hide(key, batch, MASK), jnp.zeros(len(ORDERS), jnp.int32)
+    return hide(key, batch, mask_of(special)), jnp.zeros(len(ORDERS), jnp.int32)

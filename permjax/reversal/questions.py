@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 
 from permjax.reversal.corpus import Prompt
 from permjax.reversal.methods import Form
-from permjax.reversal.vocabulary import BOS, EOS, MASK, PAD, TAGS, Vocabulary
+from permjax.reversal.vocabulary import Special, Words, mask_of
 
 
 class Questions(NamedTuple):
@@ -36,7 +36,7 @@ class Questions(NamedTuple):
 
 def lay_out(
     prompts: Sequence[Prompt],
-    vocabulary: Vocabulary,
+    words: Words,
     form: Form = "causal",
     *,
     tagged: bool = True,
@@ -49,37 +49,38 @@ def lay_out(
 
     Args:
         prompts: at least one.
-        vocabulary: of the model.
+        words: of the model.
         form: `causal`, `masked` or `copy`.
-        tagged: whether texts begin with the tag of their order, and not with `<bos>`.
+        tagged: whether texts begin with the tag of their order, where there are tags.
         length: tokens of a row; as many as are needed by default.
 
     Raises:
         ValueError: a row is too short.
     """
-    begin = TAGS[0] if tagged else BOS
-    answers = [vocabulary.ids(prompt.answer)[: prompt.most] for prompt in prompts]
+    special = words.special
+    begin = special.original if tagged else special.begin
+    answers = [words.ids(prompt.answer)[: prompt.most] for prompt in prompts]
     rows, starts = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
-        row, start = _row([begin, *vocabulary.ids(prompt.text)], max(len(answer), 1), form)
+        row, start = _row([begin, *words.ids(prompt.text)], max(len(answer), 1), form, special)
         rows.append(row)
         starts.append(start)
     room = max(1, *map(len, answers))
     needed = max(max(start + room, len(row)) for row, start in zip(rows, starts, strict=True))
     if length is not None and length < needed:
         raise ValueError(f"The questions need rows of {needed} tokens, not of {length}; make them longer.")
-    tokens = _padded(rows, needed if length is None else length, PAD)
+    tokens = _padded(rows, needed if length is None else length, special.pad)
     doc_ids = _padded([[0] * len(row) for row in rows], tokens.shape[1], -1)
     if form != "masked":  # a causal model may write on to the end of the row
         doc_ids[:] = 0
     return Questions(tokens, doc_ids, np.array(starts, np.int32), _padded(answers, room, -1), form)
 
 
-def _row(prompt: list[int], answer: int, form: Form) -> tuple[list[int], int]:
+def _row(prompt: list[int], answer: int, form: Form, special: Special) -> tuple[list[int], int]:
     """The tokens of a row, and where its answer starts."""
     if form == "causal":
         return prompt, len(prompt)
-    masked = [*prompt, *[MASK] * answer, EOS]
+    masked = [*prompt, *[mask_of(special)] * answer, special.end]
     return (masked, len(prompt)) if form == "masked" else ([*masked, *prompt], len(masked) + len(prompt))
 
 

@@ -20,6 +20,7 @@ from permjax.nets.gpt import GPT2Config, build
 from permjax.reversal.layout import visible
 from permjax.reversal.methods import Method, prepare
 from permjax.reversal.packing import pack
+from permjax.reversal.vocabulary import WORD_TOKENS, Special
 
 Rows = Mapping[str, np.ndarray]
 Watch = Callable[[int, PyTree], None]
@@ -96,6 +97,8 @@ def train(
     seed: int,
     *,
     start: PyTree | None = None,
+    frozen: PyTree | None = None,
+    special: Special = WORD_TOKENS,
     mesh: Mesh | None = None,
     checkpoint_dir: str | Path | None = None,
     watch: Watch | None = None,
@@ -112,6 +115,8 @@ def train(
         config: optimizer and steps.
         seed: of the first weights, of the order of rows, and of all that is drawn.
         start: weights to begin with.
+        frozen: weights that stay as they are; `net.apply` is given them as `frozen`, and its own `params` are trained.
+        special: the tags and the mask of the model.
         mesh: of one axis, over whose devices the rows of a batch are shared; the result is the same up to rounding.
         checkpoint_dir: where to keep the state after each call of `config.every` steps. A run that finds its own state
             there goes on from it and ends with the bits of an uninterrupted one.
@@ -127,17 +132,17 @@ def train(
         >>> trained = train(net, rows, METHODS["spt"], ReversalTraining(), seed=0)
     """
     _check(config, len(rows["tokens"]), mesh)
-    begin, advance = _programs(net, method, config, mesh)
+    begin, advance = _programs(net, method, config, special, mesh)
     key, data = jax.random.key(seed), {name: jnp.asarray(leaf) for name, leaf in rows.items()}
     state = begin(net.init(jax.random.fold_in(key, 0)) if start is None else start)
     saved = state, {"losses": np.zeros(config.steps, np.float32), "orders": np.zeros(3, np.int32)}
-    about = _about(net, method, config, seed, rows, start)
+    about = _about(net, method, config, seed, rows, (start, frozen))
     found = None if checkpoint_dir is None else load_run(checkpoint_dir, saved, about)
     done, (state, history) = found or (0, saved)
     history = {name: np.array(leaf) for name, leaf in history.items()}
     while done < config.steps:
         batches = range(done, min(done + config.every, config.steps))
-        state, losses, orders = advance(state, key, data, *_chosen(seed, batches, len(rows["tokens"]), config))
+        state, losses, orders = advance(state, frozen, key, data, *_chosen(seed, batches, len(rows["tokens"]), config))
         history["losses"][batches.start : batches.stop] = losses
         history["orders"] += np.asarray(orders)
         done = batches.stop
@@ -161,24 +166,27 @@ def _chosen(
 
 @functools.lru_cache(maxsize=32)
 def _programs(
-    net: Net, method: Method, config: ReversalTraining, mesh: Mesh | None
+    net: Net, method: Method, config: ReversalTraining, special: Special, mesh: Mesh | None
 ) -> tuple[Callable[[PyTree], _State], Callable[..., tuple[_State, Array, Array]]]:
-    """Compiled: `begin(params)` and `advance(state, key, data, rows, epochs)`."""
+    """Compiled: `begin(params)` and `advance(state, frozen, key, data, rows, epochs)`."""
     optimizer = _optimizer(config)
 
-    def step(key: Array, data: Mapping[str, Array], state: _State, chosen: tuple[Array, Array]) -> Any:
+    def step(frozen: PyTree, key: Array, data: Mapping[str, Array], state: _State, chosen: tuple[Array, Array]) -> Any:
         rows, epoch = chosen
         batch = {name: leaf[rows] for name, leaf in data.items()}
         if mesh is not None:
             place = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
             batch = jax.lax.with_sharding_constraint(batch, place)
-        batch, orders = prepare(method, jax.random.fold_in(jax.random.fold_in(key, 1), epoch), batch)
-        loss, gradient = _loss_and_gradient(net, config, state.params, batch)
+        batch, orders = prepare(method, jax.random.fold_in(jax.random.fold_in(key, 1), epoch), batch, special)
+        apply = net.apply if frozen is None else functools.partial(net.apply, frozen=frozen)
+        loss, gradient = _loss_and_gradient(apply, config, state.params, batch)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         return _State(optax.apply_updates(state.params, updates), moments), (loss, orders)
 
-    def advance(state: _State, key: Array, data: Any, rows: Array, epochs: Array) -> tuple[_State, Array, Array]:
-        state, (losses, orders) = jax.lax.scan(functools.partial(step, key, data), state, (rows, epochs))
+    def advance(
+        state: _State, frozen: PyTree, key: Array, data: Any, rows: Array, epochs: Array
+    ) -> tuple[_State, Array, Array]:
+        state, (losses, orders) = jax.lax.scan(functools.partial(step, frozen, key, data), state, (rows, epochs))
         return state, losses, orders.sum(axis=0)
 
     def begin(params: PyTree) -> _State:
@@ -196,10 +204,10 @@ def _optimizer(config: ReversalTraining) -> optax.GradientTransformation:
 
 
 def _loss_and_gradient(
-    net: Net, config: ReversalTraining, params: PyTree, batch: Mapping[str, Array]
+    apply: Callable[..., Array], config: ReversalTraining, params: PyTree, batch: Mapping[str, Array]
 ) -> tuple[Float[Array, ""], PyTree]:
     """The mean loss over tokens by weight, and its gradient, in one piece or in several."""
-    total = jax.value_and_grad(functools.partial(_total, net, config.bfloat16))
+    total = jax.value_and_grad(functools.partial(_total, apply, config.bfloat16))
     needed = ("tokens", "doc_ids", "positions", "labels", "weights", "causal", "seen")
     batch = {name: batch[name] for name in needed if name in batch}
     scale = 1.0 / jnp.maximum(batch["weights"].sum(), 1.0)
@@ -214,19 +222,17 @@ def _loss_and_gradient(
     return loss, gradient
 
 
-def _total(net: Net, half: bool, params: PyTree, batch: Mapping[str, Array]) -> Float[Array, ""]:
+def _total(apply: Callable[..., Array], half: bool, params: PyTree, batch: Mapping[str, Array]) -> Float[Array, ""]:
     """The sum of the losses of all tokens by weight."""
     if half:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     shown = visible(batch["doc_ids"], causal=batch.get("causal", True), seen=batch.get("seen"))
-    logits = net.apply(params, batch["tokens"], positions=batch["positions"], visible=shown).astype(jnp.float32)
+    logits = apply(params, batch["tokens"], positions=batch["positions"], visible=shown).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
     return (losses * batch["weights"]).sum()
 
 
-def _about(
-    net: Net, method: Method, config: ReversalTraining, seed: int, rows: Rows, start: PyTree | None
-) -> dict[str, Any]:
+def _about(net: Net, method: Method, config: ReversalTraining, seed: int, rows: Rows, start: PyTree) -> dict[str, Any]:
     """What makes two runs the same one, as JSON."""
     leaves = {"data": rows, "start": jax.tree.leaves(start)}
     sums = {
