@@ -47,13 +47,27 @@ def text(path: str | Path, *, length: int = 64, characters: int | None = None, t
         MissingData: there is no such file.
         ValueError: the file is not in UTF-8, or too short for a window on each side of the split.
     """
-    path = require(Path(path), "a text file", "the option `path`")
+    content = read_text(path, "the option `path`")
+    return windows(content[:characters], length=length, test_share=test_share, name=Path(path).stem)
+
+
+def read_text(path: str | Path, setting: str = "`data.root` of the configuration or PERMJAX_DATA") -> str:
+    """A text file in UTF-8.
+
+    Args:
+        path: the file.
+        setting: what names it, for the message.
+
+    Raises:
+        MissingData: there is no such file.
+        ValueError: it is not in UTF-8.
+    """
+    path = require(Path(path), "a text file", setting)
     try:
-        content = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         message = f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); convert it first."
         raise ValueError(message) from None
-    return windows(content[:characters], length=length, test_share=test_share, name=path.stem)
 
 
 def sentences(*, seed: int = 0, length: int = 64, characters: int = 200_000, test_share: float = 0.1) -> TextDataset:
@@ -67,7 +81,7 @@ def sentences(*, seed: int = 0, length: int = 64, characters: int = 200_000, tes
         characters: how long the text is.
         test_share: the part of it that is for testing.
     """
-    content = _written(Random(seed), characters)
+    content = invented(seed, characters)
     return windows(content, length=length, test_share=test_share, name="invented sentences")
 
 
@@ -102,8 +116,9 @@ def _cut(numbers: Int[np.ndarray, " n"], length: int) -> tuple[np.ndarray, np.nd
 # the invented language
 
 
-def _written(rng: Random, characters: int) -> str:
+def invented(seed: int, characters: int) -> str:
     """Sentences up to that length: article, adjective or none, noun, verb, and an object of the same make."""
+    rng = Random(seed)
     nouns, verbs, adjectives = (_words(rng, count) for count in (_NOUNS, _VERBS, _ADJECTIVES))
     verbs_after = [rng.choices(verbs, k=_CHOICES) for _ in nouns]
     objects_after = {verb: rng.choices(range(_NOUNS), k=_CHOICES) for verb in verbs}

@@ -18,6 +18,7 @@ _MODULES = {
     "nfe_alignment": "permjax.experiments.nfe_alignment",
     "nfe": "permjax.experiments.nfe",
     "spt": "permjax.experiments.spt",
+    "spt_text": "permjax.experiments.spt_text",
 }
 
 

@@ -56,7 +56,7 @@ def load_corpus(name: str, root: str | Path | None = None, *, seed: int = 0, **o
             known = f"known are {', '.join(allowed)}" if allowed else "it has none"
             raise ValueError(f"The corpus {name!r} has no option {option!r}{nearest(option, allowed)}; {known}.")
     if "root" in parameters:
-        options["root"] = _root(root)
+        options["root"] = data_root(root)
     if "seed" in parameters:
         options["seed"] = seed
     return CORPORA[name](**options)
@@ -75,12 +75,13 @@ def assistant_cuts(name: str, root: str | Path | None = None) -> Segmenter:
     """
     if name != "descriptions":
         raise ValueError(f"There are no units by an assistant for the corpus {name!r}, but for 'descriptions' alone.")
-    folder = _root(root) / _FOLDER
+    folder = data_root(root) / _FOLDER
     file = require(folder / "segmented" / "descriptions_train.txt", "the file of units published by the authors of SPT")
     return berglund.assistant(folder / "descriptions", file)
 
 
-def _root(root: str | Path | None) -> Path:
+def data_root(root: str | Path | None) -> Path:
+    """The folder of real data: the given one, else that of PERMJAX_DATA, else `data`."""
     return Path(root or os.environ.get("PERMJAX_DATA") or "data")
 
 
