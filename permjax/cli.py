@@ -11,7 +11,9 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+from permjax.merge.guard import GuardRefusedError
+
+FAILED, BAD_INPUT, REFUSED, INTERRUPTED = 1, 2, 3, 130
 """Exit statuses besides 0."""
 
 _FILE_COMMANDS = {
@@ -22,8 +24,9 @@ _GROUPS = {
     "lora": "Merge LoRA adapters, inspect one, or extract one from two checkpoints.",
     "kge": "Train models of knowledge graphs, evaluate one, ask it, list its rules, or export it.",
     "reversal": "Re-order the semantic units of texts, or show them.",
+    "check": "Tell how well a language model foretells text, and whether a change has broken it.",
 }
-"""Commands with commands of their own, which `permjax.experiments.<name>_commands` has in a type of that name."""
+"""Commands, some with commands of their own, which `permjax.experiments.<name>_commands` has in a type of that name."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,10 @@ class _Unread:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 1 for a bug, 2 for bad input, 130 when interrupted."""
+    """Run the command line and return its exit status.
+
+    It is 0, 1 for a bug, 2 for bad input, 3 for what a guard refused, or 130 when interrupted.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         _run(_parsed(arguments), shlex.join(["permjax", *arguments]))
@@ -63,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say("interrupted; the same command goes on where it can.", INTERRUPTED)
     except (ValueError, OSError) as error:
         return _say(_line(error), BAD_INPUT)
+    except GuardRefusedError as error:
+        if outcome := getattr(error, "outcome", None):
+            _tell(outcome, tables=True)
+        return _say(_line(error), REFUSED)
     except Exception as error:
         place = _save_traceback()
         return _say(f"internal error, {type(error).__name__}: {_line(error)} (the traceback is in {place})", FAILED)

@@ -42,6 +42,7 @@ class MergeState:
         loss: `loss(params, batch) -> scalar`.
         key: random key; every step that draws takes a fresh one through `split`.
         infos: one record for each step that ran.
+        parents: the models as the pipeline was given them, which steps that change models leave alone.
     """
 
     spec: PermutationSpec
@@ -54,6 +55,12 @@ class MergeState:
     apply: Callable | None = None
     loss: Callable | None = None
     infos: tuple[Any, ...] = ()
+    parents: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        """A pipeline begins with the models it is given."""
+        if not self.parents:
+            object.__setattr__(self, "parents", self.models)
 
     @classmethod
     def create(cls, spec: PermutationSpec, models: Iterable, *, key: jax.Array, **rest: Any) -> "MergeState":

@@ -11,6 +11,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from permjax.experiments import files
 from permjax.experiments.file_options import AlignOptions, MergeOptions, PleasOptions
+from permjax.experiments.guard_files import GuardOptions
 from permjax.experiments.progress import Progress
 from permjax.experiments.runs import Finished, read_metrics
 from permjax.report import Outcome, write_report
@@ -68,6 +69,16 @@ class Pleas(PleasOptions):
 
 
 @dataclass(frozen=True)
+class GuardFlags(GuardOptions):
+    """The options of the guard, as flags."""
+
+    guard: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT")] = ()
+    guard_limit: Annotated[float, arg(metavar="FLOAT")] = 1.5
+    guard_sentences: Annotated[int, arg(metavar="INT")] = 64
+    tokenizer: _File = None
+
+
+@dataclass(frozen=True)
 class Merge(MergeOptions):
     """The options of `files.merge`, and how to show what it does.
 
@@ -86,6 +97,7 @@ class Merge(MergeOptions):
     init: _File = None
     weights: Weights = None
     pleas: Annotated[Pleas, arg(name="")] = Pleas()
+    watch: Annotated[GuardFlags, arg(name="")] = GuardFlags()
     progress: bool = True
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from permjax.experiments.guard_files import GuardOptions
+
 
 @dataclass(frozen=True)
 class AlignOptions:
@@ -94,12 +96,14 @@ class MergeOptions(AlignOptions):
         weights: one number for each model, for average and slerp; equal ones by default.
         align: whether the models are aligned to the first one before.
         pleas: options of the method pleas.
+        watch: options of the guard.
     """
 
     method: Literal["average", "slerp", "pleas"] = "average"
     weights: tuple[float, ...] | None = None
     align: bool = True
     pleas: PleasOptions = PleasOptions()
+    watch: GuardOptions = GuardOptions()
 
     @property
     def compared(self) -> str:

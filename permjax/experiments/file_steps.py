@@ -12,13 +12,15 @@ import numpy as np
 from permjax.experiments.alignment import Alignment, findings
 from permjax.experiments.architectures import FilesError
 from permjax.experiments.calibration_files import Calibration, read_calibration
-from permjax.experiments.file_options import AlignOptions
+from permjax.experiments.file_options import AlignOptions, MergeOptions
+from permjax.experiments.guard_files import UNGUARDED, Candidate, Judged, as_stored, judge, on_device
 from permjax.experiments.model_files import ModelFiles, check_place, check_plan, examine
 from permjax.experiments.progress import Progress
 from permjax.io.checkpoint import Checkpoint
 from permjax.lmc.barrier import l2_distance
 from permjax.match.activations import activation_matching
 from permjax.match.weights import WeightInfo, weight_matching
+from permjax.merge.perplexity import Probe
 from permjax.permutation import Permutations, validate
 from permjax.plan import Plan
 from permjax.steps import Result
@@ -154,6 +156,22 @@ def _change(before: Any, after: Any) -> float:
     one, two = ([np.asarray(x, np.float64) for x in jax.tree.leaves(outputs)] for outputs in (before, after))
     top = max(np.abs(x).max(initial=0.0) for x in one)
     return float(max(np.abs(x - y).max(initial=0.0) for x, y in zip(one, two, strict=True)) / (top or 1.0))
+
+
+def judge_merged(
+    options: MergeOptions, probe: Probe, files: ModelFiles, models: Sequence[Any], result: Candidate
+) -> Judged:
+    """What the guard says of a merged model, which will be rounded like the first of those it comes from.
+
+    Raises:
+        GuardRefusedError: it is refused.
+    """
+    if not probe:
+        return UNGUARDED
+    named = zip(options.models, models, strict=True)
+    given = (Candidate(name, files.architecture.apply, jax.tree.map(on_device, model)) for name, model in named)
+    written = result._replace(params=as_stored(result.params, files.checkpoints[0]))
+    return judge(options.watch, probe, given, written)
 
 
 def save_plan(options: AlignOptions, alignment: Alignment | None) -> None:

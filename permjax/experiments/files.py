@@ -12,7 +12,8 @@ from permjax.action import permute_leaf
 from permjax.experiments.alignment import HEADLINE, Alignment, explanation, metrics, pages, sentence
 from permjax.experiments.architectures import FilesError
 from permjax.experiments.file_options import AlignOptions, MergeOptions, PleasOptions
-from permjax.experiments.file_steps import aligned, calibration_of, examined, listed, save_plan, stage
+from permjax.experiments.file_steps import aligned, calibration_of, examined, judge_merged, listed, save_plan, stage
+from permjax.experiments.guard_files import Candidate, probe_of, with_guard
 from permjax.experiments.model_files import open_all, target_paths
 from permjax.experiments.pleas_files import merge_by_pleas
 from permjax.experiments.progress import Progress
@@ -72,6 +73,7 @@ def merge(options: MergeOptions, progress: Progress | None = None) -> Outcome:
 
     Raises:
         ValueError: options or files that do not fit; names the file, leaf or axis. Nothing is written then.
+        GuardRefusedError: the guard refuses the merged model. Nothing is written then.
 
     Example:
         >>> merge(MergeOptions(("a.safetensors", "b.safetensors"), "merged.safetensors", weights=(0.7, 0.3)))
@@ -84,18 +86,22 @@ def merge(options: MergeOptions, progress: Progress | None = None) -> Outcome:
     files = examined(options, checkpoints, [Path(options.out)])
     models, alignment = files.load(), None
     check_aligned(files.spec, models)
+    probe = probe_of(options.watch, files.architecture, checkpoints[0])
     if options.align:
         alignment = aligned(options, files, models, calibration_of(options, files), progress)
         models = alignment.after
     with stage(progress, "merging"):
         merged, numbers = _merged(options.method, files.spec, models, shares)
+        result = Candidate(options.out, files.architecture.apply, merged)
+        judged = judge_merged(options, probe, files, models, result)
         save_checkpoint(options.out, {**checkpoints[0], **tree.flatten(merged)}, like=checkpoints[0])
     save_plan(options, alignment)
     how = sentence(alignment) if alignment else "The models were taken as they are, without alignment."
     method = {"average": "weighted average", "slerp": "point on the arc between them"}[options.method]
     summary = f"{how} Their {method} ({listed(f'{100 * s:.4g} %' for s in shares)}) was written to {options.out}."
     title = f"{listed(options.models)} merged"
-    return _outcome(title, summary + _advice(files.spec), files.spec, alignment, numbers)
+    outcome = _outcome(title, summary + _advice(files.spec), files.spec, alignment, numbers)
+    return with_guard(outcome, judged)
 
 
 def _save_permuted(target: Path, checkpoint: Checkpoint, alignment: Alignment, index: int) -> None:

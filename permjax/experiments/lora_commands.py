@@ -9,7 +9,8 @@ from typing import Annotated, Any, TypeAlias, Union
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
 
 from permjax.experiments import lora_extract, lora_files
-from permjax.experiments.commands import Weights
+from permjax.experiments.commands import GuardFlags, Weights
+from permjax.experiments.guard_files import with_guard
 from permjax.experiments.lora_extract import LoraExtractOptions
 from permjax.experiments.lora_files import Dtype, LoraMergeOptions, Style
 from permjax.experiments.lora_files_report import extracted_outcome, inspected_outcome, merged_outcome
@@ -37,6 +38,8 @@ class LoraMerge(LoraMergeOptions):
     style: Style | None = None
     dtype: Dtype | None = None
     force: FlagCreatePairsOff[bool] = False
+    base: Annotated[str | None, arg(metavar="MODEL")] = None
+    watch: Annotated[GuardFlags, arg(name="")] = GuardFlags()
     progress: bool = True
 
 
@@ -98,7 +101,8 @@ def run(given: Any, command: str) -> tuple[Outcome, Finished | None]:
 
 
 def _merge(options: LoraMergeOptions, progress: Progress) -> Outcome:
-    return merged_outcome(options, lora_files.merge(options, progress))
+    result = lora_files.merge(options, progress)
+    return with_guard(merged_outcome(options, result), result.judged)
 
 
 def _extract(options: LoraExtractOptions, progress: Progress) -> Outcome:

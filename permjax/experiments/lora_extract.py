@@ -10,6 +10,7 @@ import numpy as np
 
 from permjax.experiments.architectures import FilesError
 from permjax.experiments.lora_files import Dtype, check_target
+from permjax.experiments.lora_places import is_transposed
 from permjax.experiments.progress import Progress
 from permjax.io.checkpoint import Checkpoint, open_checkpoint
 from permjax.lora.extract import extract_lora
@@ -19,8 +20,6 @@ from permjax.tree import nearest
 
 _SUFFIX = ".weight"
 _EMBEDDINGS = ("*embed*", "*wte*", "*wpe*", "shared.weight")
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D = ("*.c_attn.weight", "*.q_attn.weight", "*.c_proj.weight", "*.c_fc.weight")
 
 
 @dataclass(frozen=True)
@@ -148,8 +147,7 @@ def _floats(checkpoint: Checkpoint, name: str) -> np.ndarray:
 def _extracted(
     name: str, old: np.ndarray, new: np.ndarray, base: Checkpoint, rank: int
 ) -> tuple[Factors, ExtractedModule]:
-    model = (base.config or {}).get("model_type")
-    transposed = old.ndim == 2 and model in _CONV1D_MODELS and _like(f".{name}", _CONV1D)
+    transposed = is_transposed(name, base)
     found = extract_lora(*((old.T, new.T) if transposed else (old, new)), rank)
     a, b = found.factors
     if old.ndim == 4:  # as PEFT stores kernels

@@ -11,6 +11,8 @@ import numpy as np
 
 from permjax.config import from_dict
 from permjax.experiments.architectures import FilesError
+from permjax.experiments.guard_files import UNGUARDED, GuardOptions, Judged
+from permjax.experiments.lora_guard import Base, base_of, judge_adapters
 from permjax.experiments.progress import Progress
 from permjax.lora.formats import AdapterFiles, common_names, open_adapter, save_adapter
 from permjax.lora.inspection import Inspection, inspect
@@ -48,6 +50,8 @@ class LoraMergeOptions:
         dtype: of the factors; the widest of the adapters by default.
         seed: of methods that draw.
         force: ignore unknown keys in the configurations of the adapters, which must then have no effect on them.
+        base: the model that the adapters are for, for the guard.
+        watch: options of the guard.
     """
 
     adapters: tuple[str, ...]
@@ -60,6 +64,8 @@ class LoraMergeOptions:
     dtype: Dtype | None = None
     seed: int = 0
     force: bool = False
+    base: str | None = None
+    watch: GuardOptions = GuardOptions()
 
 
 class RankChoice(NamedTuple):
@@ -90,11 +96,12 @@ class Job(NamedTuple):
 
 
 class MergedFiles(NamedTuple):
-    """What a merge found: the merged modules, which were written, and their quality."""
+    """What a merge found: the merged modules, which were written, their quality, and what a guard says of them."""
 
     job: Job
     merged: dict[str, Factors]
     found: dict[str, Quality]
+    judged: Judged
 
 
 def merge(options: LoraMergeOptions, progress: Progress) -> MergedFiles:
@@ -102,13 +109,24 @@ def merge(options: LoraMergeOptions, progress: Progress) -> MergedFiles:
 
     Raises:
         ValueError: options or files that do not fit; names the option, or the file and the module. Nothing is written.
+        GuardRefusedError: the guard refuses the merged adapter. Nothing is written.
     """
     job = _examined(options)
+    infos = {name: one[name] for one in job.adapters for name in one}
+    base = base_of(options.watch, options.base, infos)
     rank = _chosen_ranks(job, progress)
     merged, found = _merged(job, rank, options.seed, progress)
+    judged = _judged(options, job, base, merged)
     uniform = job.ranks.kind != "budget"
     save_adapter(options.out, merged, like=job.adapters, style=options.style, dtype=options.dtype, uniform=uniform)
-    return MergedFiles(job, merged, found)
+    return MergedFiles(job, merged, found, judged)
+
+
+def _judged(options: LoraMergeOptions, job: Job, base: Base | None, merged: Mapping[str, Factors]) -> Judged:
+    if base is None:
+        return UNGUARDED
+    adapters = {str(one.path): one.factors for one in job.adapters}
+    return judge_adapters(options.watch, base, adapters, (options.out, merged))
 
 
 def look(path: str, *, force: bool) -> tuple[AdapterFiles, dict[str, Inspection]]:

@@ -13,7 +13,8 @@ from permjax import tree
 from permjax.experiments.architectures import FilesError
 from permjax.experiments.calibration_files import Calibration, check_outputs
 from permjax.experiments.file_options import MergeOptions, PleasOptions
-from permjax.experiments.file_steps import aligned, calibration_of, examined, save_plan, stage
+from permjax.experiments.file_steps import aligned, calibration_of, examined, judge_merged, save_plan, stage
+from permjax.experiments.guard_files import Candidate, probe_of, with_guard
 from permjax.experiments.model_files import ModelFiles, open_all
 from permjax.experiments.pleas_files_report import Fit, outcome
 from permjax.experiments.progress import Progress
@@ -24,6 +25,7 @@ from permjax.merge.budget import cost
 from permjax.merge.export import save_merged
 from permjax.merge.heads import Heads, own_heads
 from permjax.merge.partial import partial_plan, widenable
+from permjax.merge.perplexity import Probe
 from permjax.merge.planning import pleas_plan
 from permjax.merge.pleas import pleas
 from permjax.merge.ratios import ratios_for
@@ -38,6 +40,7 @@ def merge_by_pleas(options: MergeOptions, progress: Progress | None = None) -> O
 
     Raises:
         ValueError: options, files or calibration data that do not fit. Nothing is written then.
+        GuardRefusedError: the guard refuses the network. Nothing is written then.
     """
     checkpoints = open_all(options.models)
     files = examined(options, checkpoints, [Path(options.out)])
@@ -45,6 +48,7 @@ def merge_by_pleas(options: MergeOptions, progress: Progress | None = None) -> O
     heads = _heads(options.pleas, files, data)
     size = _size(options.pleas, files, heads)
     _check_owners(options, data)
+    probe = _probe(options, files)
     models = files.load()
     check_aligned(files.spec, models)
     check_outputs(data, files.architecture.apply, models, options.models)
@@ -53,9 +57,10 @@ def merge_by_pleas(options: MergeOptions, progress: Progress | None = None) -> O
     with stage(progress, "fitting"):
         fit = _fitted(options, files, alignment.after if alignment else models, data, heads, size)
     with stage(progress, "writing"):
+        judged = judge_merged(options, probe, files, models, Candidate(options.out, fit.network, fit.params))
         _save(options.out, files, fit)
     save_plan(options, alignment)
-    return outcome(options, files, data, alignment, fit, scaled)
+    return with_guard(outcome(options, files, data, alignment, fit, scaled), judged)
 
 
 # checks
@@ -113,6 +118,13 @@ def _check_owners(options: MergeOptions, data: Calibration) -> None:
             "'owner' to that file with the number of the model (0 for the first) for every sample."
         )
         raise FilesError(message)
+
+
+def _probe(options: MergeOptions, files: ModelFiles) -> Probe:
+    """What the guard looks at, if there is one."""
+    if options.watch.guard and options.pleas.heads != "shared":
+        raise FilesError("--guard is for models with one output layer; leave it out, or take --heads shared.")
+    return probe_of(options.watch, files.architecture, files.checkpoints[0])
 
 
 # the fit
