@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from permjax import tree
+from permjax.experiments.data_root import DataRoot
 from permjax.experiments.nfe_alignment_report import Pair, report
-from permjax.experiments.nfe_config import DataConfig, GraphConfig, ModelConfig, NfeConfig, Setting
+from permjax.experiments.nfe_config import GraphConfig, ModelConfig, NfeConfig, Setting
 from permjax.experiments.registry import Experiment
 from permjax.kge.alignment import Motion, align_coordinates, canonical, move
 from permjax.kge.base import Family, Params
@@ -44,7 +45,7 @@ class NfeAlignmentConfig:
     model: ModelConfig = ModelConfig()
     dimension: int = 128
     training: KgeTraining = KgeTraining()
-    data: DataConfig = DataConfig()
+    data: DataRoot = DataRoot()
     trials: int = 3
     seed: int = 0
 

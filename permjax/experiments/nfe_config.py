@@ -6,22 +6,12 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from permjax.config import from_dict, to_dict
+from permjax.experiments.data_root import DataRoot
 from permjax.kge.base import Family
 from permjax.kge.graph import GRAPHS, Graph, knowledge_graph
 from permjax.kge.model_files import family_named
 from permjax.kge.train import KgeTraining
 from permjax.tree import nearest
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where real data is.
-
-    Attributes:
-        root: the folder with `kg/...`; the environment variable PERMJAX_DATA by default.
-    """
-
-    root: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ class NfeConfig:
     dimension: int = 128
     training: KgeTraining = KgeTraining()
     compared: tuple[tuple[str, str], ...] = ()
-    data: DataConfig = DataConfig()
+    data: DataRoot = DataRoot()
     seeds: int = 3
     seed: int = 0
 

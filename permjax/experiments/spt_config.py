@@ -4,6 +4,7 @@ import inspect
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from permjax.experiments.data_root import DataRoot
 from permjax.reversal.corpora import CORPORA, load_corpus
 from permjax.reversal.corpus import Corpus
 from permjax.reversal.methods import METHODS
@@ -27,17 +28,6 @@ class GptConfig:
     width: int = 128
     layers: int = 2
     heads: int = 4
-
-
-@dataclass(frozen=True)
-class TextsConfig:
-    """Where the texts are.
-
-    Attributes:
-        root: the folder with `reversal/...`; the environment variable PERMJAX_DATA by default.
-    """
-
-    root: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,7 @@ class SptConfig:
     experiment: ClassVar[str] = "spt"
     corpus: str = "names"
     options: dict[str, Any] = field(default_factory=dict)
-    data: TextsConfig = TextsConfig()
+    data: DataRoot = DataRoot()
     shares: tuple[float, ...] = ()
     methods: tuple[str, ...] = (
         "ntp", "token_permutation", "ngram2", "ngram3", "unit_reversal", "spt", "spt_rules",

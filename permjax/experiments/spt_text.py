@@ -8,8 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from permjax.data.text import invented, read_text
+from permjax.experiments.data_root import DataRoot
 from permjax.experiments.registry import Experiment
-from permjax.experiments.spt_config import GptConfig, TextsConfig
+from permjax.experiments.spt_config import GptConfig
 from permjax.experiments.spt_report import TITLES
 from permjax.report import Curve, Figure, Outcome, Table
 from permjax.reversal.corpora import data_root
@@ -54,7 +55,7 @@ class SptTextConfig:
 
     experiment: ClassVar[str] = "spt_text"
     texts: tuple[SourceConfig, ...] = (SourceConfig(),)
-    data: TextsConfig = TextsConfig()
+    data: DataRoot = DataRoot()
     methods: tuple[str, ...] = ("ntp", "token_permutation", "unit_reversal", "spt")
     words: int = 4000
     longest: int = 40

@@ -142,6 +142,22 @@ class Family(ABC):
         """A tail as the other side of the similarity."""
 
 
+class OnItself(Family):
+    """The set is the group: elements act by composition, and the reference point is the identity."""
+
+    def act(self, element: Element, point: Point) -> dict[str, Any]:
+        """Compose the element with the point."""
+        return self.compose(element, point)
+
+    def lift(self, point: Point) -> dict[str, Any]:
+        """The point itself, which brings the identity to it."""
+        return dict(point)
+
+    def reference(self, like: Point) -> dict[str, Any]:
+        """The identity."""
+        return self.identity(like)
+
+
 class Euclidean(Family):
     """The similarity is a negative squared distance of coordinates: -|x - y|^2 = 2 x.y - |x|^2 - |y|^2."""
 

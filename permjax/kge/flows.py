@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.integrate import quad
 
-from permjax.kge.base import Euclidean, Family, Linear, Point, Row
+from permjax.kge.base import Euclidean, Family, Linear, OnItself, Point, Row
 from permjax.kge.groups import AffineMaps, Element, Scalings, SpreadAffineMaps
 
 Mode: TypeAlias = Literal["published", "exact"]
@@ -133,7 +133,7 @@ class NfeK(_Flows):
             raise ValueError(f"a flow has at least one piece; pieces is {self.pieces}.")
 
 
-class Nfe1Sigma(Scalings, Euclidean):
+class Nfe1Sigma(Scalings, OnItself, Euclidean):
     """NFE-1 with all means 0: `-sum_k (|s_r| |s_h| - |s_t|)^2`. Relations scale centred laws."""
 
     entity_parts = ("scale",)
@@ -146,18 +146,6 @@ class Nfe1Sigma(Scalings, Euclidean):
     def relation(self, row: Row) -> dict[str, Any]:
         """The absolute values of the scales: a centred symmetric law does not tell s from -s."""
         return {"scale": jnp.abs(row["scale"])}
-
-    def act(self, element: Element, point: Point) -> dict[str, Any]:
-        """Scale laws."""
-        return self.compose(element, point)
-
-    def lift(self, point: Point) -> dict[str, Any]:
-        """The scaling from Z to the law."""
-        return dict(point)
-
-    def reference(self, like: Point) -> dict[str, Any]:
-        """The law of Z."""
-        return self.identity(like)
 
     def coordinates(self, point: Point) -> Float[Array, "*batch width"]:
         """The deviations."""

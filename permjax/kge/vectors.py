@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from permjax.kge.base import Euclidean, Inner, Params, Point, Row
+from permjax.kge.base import Euclidean, Inner, OnItself, Params, Point, Row
 from permjax.kge.groups import AffineMaps, ComplexScalings, Element, Quaternions, Scalings, Translations
 
 
@@ -62,41 +62,17 @@ class Affine(AffineMaps, Euclidean):
         return point["mean"]
 
 
-class Distmult(Scalings, Inner):
+class Distmult(Scalings, OnItself, Inner):
     """Scalings of R^d under the inner product (Yang et al. 2015): `sum_k h_k r_k t_k`. Reference point: all ones."""
 
     entity_parts = ("scale",)
     relation_parts = ("scale",)
 
-    def act(self, element: Element, point: Point) -> dict[str, Any]:
-        """Scale points."""
-        return self.compose(element, point)
 
-    def lift(self, point: Point) -> dict[str, Any]:
-        """The scaling from 1 to the point."""
-        return dict(point)
-
-    def reference(self, like: Point) -> dict[str, Any]:
-        """The point 1."""
-        return self.identity(like)
-
-
-class _OnComplexNumbers(ComplexScalings):
+class _OnComplexNumbers(ComplexScalings, OnItself):
     """C^d, and complex scalings that act on it; reference point 1."""
 
     entity_parts = ("real", "imag")
-
-    def act(self, element: Element, point: Point) -> dict[str, Any]:
-        """Multiply points."""
-        return self.compose(element, point)
-
-    def lift(self, point: Point) -> dict[str, Any]:
-        """The factor from 1 to the point."""
-        return dict(point)
-
-    def reference(self, like: Point) -> dict[str, Any]:
-        """The point 1."""
-        return self.identity(like)
 
 
 class Complex(_OnComplexNumbers, Inner):
@@ -129,7 +105,7 @@ class Rotate(_OnComplexNumbers, Euclidean):
         return jnp.concatenate([point["real"], point["imag"]], axis=-1)
 
 
-class Quate(Quaternions, Inner):
+class Quate(Quaternions, OnItself, Inner):
     """Unit quaternions that act on H^d from the left, under the inner product (Zhang et al. 2019)."""
 
     entity_parts = ("r", "i", "j", "k")
@@ -139,15 +115,3 @@ class Quate(Quaternions, Inner):
         """The quaternions of length one along those of the row."""
         size = jnp.sqrt(sum(row[part] ** 2 for part in "rijk") + 1e-24)
         return {part: row[part] / size for part in "rijk"}
-
-    def act(self, element: Element, point: Point) -> dict[str, Any]:
-        """Multiply points from the left."""
-        return self.compose(element, point)
-
-    def lift(self, point: Point) -> dict[str, Any]:
-        """The factor from 1 to the point."""
-        return dict(point)
-
-    def reference(self, like: Point) -> dict[str, Any]:
-        """The point 1."""
-        return self.identity(like)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from permjax.config import load_config
+from permjax.experiments.data_root import DataRoot
 from permjax.experiments.progress import Progress
 from permjax.experiments.registry import experiments
 from permjax.experiments.runs import find_config
 from permjax.experiments.spt import run
-from permjax.experiments.spt_config import FAST_METHODS, GptConfig, SptConfig, TextsConfig
+from permjax.experiments.spt_config import FAST_METHODS, GptConfig, SptConfig
 from permjax.experiments.spt_report import Speed, Trial, report
 from permjax.reversal.corpus import names
 from permjax.reversal.training import ReversalTraining
@@ -79,7 +80,7 @@ def write_records(path, rows):
 
 def test_descriptions_are_asked_both_ways_with_the_units_of_rules_and_of_the_authors(tmp_path):
     write_descriptions(tmp_path)
-    config = replace(TINY, corpus="descriptions", options={}, data=TextsConfig(str(tmp_path)))
+    config = replace(TINY, corpus="descriptions", options={}, data=DataRoot(str(tmp_path)))
     outcome = start(replace(config, methods=("spt", "spt_assistant")), tmp_path)
     for name in ("spt", "spt_assistant"):
         for kind in ("forward_names", "forward_descriptions", "reverse_names", "reverse_descriptions"):
