@@ -19,7 +19,7 @@ from permjax.experiments.spt_tasks import Task, open_checkpoint_model, save_tune
 from permjax.files import atomic_path
 from permjax.report import Outcome
 from permjax.reversal.corpus import reverse_kinds, token_documents
-from permjax.reversal.evaluate import accuracies, antecedent_probe, bleus, compare_names, perplexity
+from permjax.reversal.evaluate import Antecedents, accuracies, antecedent_probe, bleus, compare_names, perplexity
 from permjax.reversal.methods import METHODS, Method
 from permjax.reversal.reorder import permute_units
 from permjax.reversal.training import Rows, rows_of, train
@@ -51,7 +51,15 @@ def run(config: SptConfig, out: Path, progress: Any) -> Outcome:
                 save_tuned(model, task.learner, learned, out / "model" / name)
     first = tasks[0]
     speed = Speed(_permute_seconds(first.rows[config.chosen[0]], config.trained.batch_size), *_rate(config, trials))
-    return report(config, first.corpus, trials, speed, [task.cuts for task in tasks if task.cuts is not None])
+    cuts = [task.cuts for task in tasks if task.cuts is not None]
+    return report(config, first.corpus, trials, speed, _untrained(first).rank, cuts)
+
+
+def _untrained(task: Task) -> Antecedents:
+    """The antecedent probe before any training on the texts: some units are more frequent, so it may beat chance."""
+    learner = task.learner
+    params = learner.trained.init(jax.random.key(task.seed)) if learner.start is None else learner.start
+    return antecedent_probe(learner.net, learner.whole(params), task.corpus, task.words)
 
 
 def _trial(config: SptConfig, task: Task, name: str, folder: Path, progress: Any) -> tuple[Trial, PyTree]:

@@ -1,6 +1,6 @@
 """What a run on the reversal curse tells: both directions by method, controls and probes, and what it costs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +81,12 @@ Trials = Mapping[str, Sequence[Trial]]
 
 
 def report(
-    config: Any, corpus: Corpus, trials: Trials, speed: Speed, assistants: Sequence[SegmentScores] = ()
+    config: Any,
+    corpus: Corpus,
+    trials: Trials,
+    speed: Speed,
+    untrained: float,
+    assistants: Sequence[SegmentScores] = (),
 ) -> Outcome:
     """The outcome of all methods.
 
@@ -90,17 +95,23 @@ def report(
         corpus: of the first seed.
         trials: by method, and for each its seeds and shares.
         speed: what was timed.
+        untrained: the rank of the unit before in the antecedent probe of the first model before training.
         assistants: how the assistant of each seed cuts texts, where there is one.
     """
     rules = compare(map(RuleSegmenter(), corpus.texts), corpus.documents)
-    metrics = dict(_metrics(trials)) | _costs(config, speed) | dict(_segmenter(corpus, rules))
+    metrics = (
+        dict(_metrics(trials))
+        | {"untrained_antecedent_rank": untrained}
+        | _costs(config, speed)
+        | dict(_segmenter(corpus, rules))
+    )
     for name in SegmentScores._fields if assistants else ():
         metrics[f"segmenter_lm_{name}"] = float(np.mean([getattr(scores, name) for scores in assistants]))
     shared = (_by_share(trials),) if config.shares else ()
     _, kinds = _kinds(trials)
     return Outcome(
         title=f"The reversal curse ({config.corpus}): {len(trials)} methods",
-        summary=" ".join((_setting(config, corpus, trials), *_verdicts(trials))),
+        summary=" ".join((_setting(config, corpus, trials), *_verdicts(trials, untrained))),
         metrics=metrics,
         tables=(_results(trials), *shared, _probes(trials), _orders(trials)),
         figures=(_directions(trials), _learning(trials)),
@@ -181,7 +192,7 @@ def _begin(config: Any) -> str:
     return f"trained from scratch on {about} ({config.pretraining.steps:,} steps), and fine-tuned on the facts"
 
 
-def _verdicts(trials: Trials) -> Iterator[str]:
+def _verdicts(trials: Trials, untrained: float) -> Iterator[str]:
     """Yield what the numbers say, whatever that is."""
     forward, reverse = _kinds(trials)
     for name, some in trials.items():
@@ -192,7 +203,7 @@ def _verdicts(trials: Trials) -> Iterator[str]:
         )
         yield f"{TITLES[name]}: {told}{_word(*(float(np.mean(some)) for some in means))}."
     if {"ntp", "spt"} <= {*trials}:
-        yield from _against(trials["ntp"], trials["spt"])
+        yield from _against(trials["ntp"], trials["spt"], untrained)
 
 
 def _word(forward: float, heldout: float) -> str:
@@ -201,12 +212,12 @@ def _word(forward: float, heldout: float) -> str:
     return ", no gap" if forward - heldout <= _LARGE_GAP else ""
 
 
-def _against(ntp: Sequence[Trial], spt: Sequence[Trial]) -> Iterator[str]:
+def _against(ntp: Sequence[Trial], spt: Sequence[Trial], untrained: float) -> Iterator[str]:
     plain, moved = (_mean(some, "antecedent_rank") for some in (ntp, spt))
     agrees = "the direction that the paper gives" if moved < plain else "not the direction that the paper gives"
     yield (
-        f"The unit before is ranked {plain:.1f} of 20 by next-token training and {moved:.1f} by SPT: {agrees}, though "
-        "an untrained model does better than chance already, because some units are more frequent than others."
+        f"The unit before is ranked {plain:.1f} of 20 by next-token training and {moved:.1f} by SPT ({untrained:.1f} "
+        f"before training, 10.5 by chance): {agrees}."
     )
     before, after = (_mean(some, "text_ppl") for some in (ntp, spt))
     yield f"The perplexity of the texts in original order is {before:.2f} and {after:.2f} at equal tokens."
@@ -238,10 +249,10 @@ def _results(trials: Trials) -> Table:
         )
         for name, some in trials.items()
     ]
-    return Table("Answers", ("method", *measures.values(), *heads), tuple(rows), " ".join(_legend(first)))
+    return Table("Answers", ("method", *measures.values(), *heads), tuple(rows), " ".join(_legend(first, trials)))
 
 
-def _legend(scores: Mapping[str, float]) -> Iterator[str]:
+def _legend(scores: Mapping[str, float], names: Iterable[str]) -> Iterator[str]:
     yield "Exact match of greedy answers in percent, after the last step; 'best' is the best of the checkpoints."
     if any(kind.startswith("bleu_") for kind in scores):
         yield "Of descriptions the first three words must be right."
@@ -249,7 +260,8 @@ def _legend(scores: Mapping[str, float]) -> Iterator[str]:
         yield "Control: the held-out reverse questions with the answers of others."
     if "unknown" + WRONG in scores:
         yield "Never told: an associated name is given where there is no answer."
-    yield "MLM-U and masked copies are told the length of an answer by its masks."
+    if {"mlm_u", "masked_ft"} & {*names}:
+        yield "MLM-U and masked copies are told the length of an answer by its masks."
 
 
 def _by_share(trials: Trials) -> Table:

@@ -38,7 +38,9 @@ def trial(forward, heldout, best=None, rank=5.0, **more):
 
 
 def reported(**trials):
-    return report(TINY, names(3, 3, pool=9), {name: [one] for name, one in trials.items()}, Speed(0.01, 700.0, 1.0))
+    return report(
+        TINY, names(3, 3, pool=9), {name: [one] for name, one in trials.items()}, Speed(0.01, 700.0, 1.0), 9.5
+    )
 
 
 def test_a_tiny_run_measures_all_and_goes_on_where_it_stopped(tmp_path):
@@ -50,6 +52,7 @@ def test_a_tiny_run_measures_all_and_goes_on_where_it_stopped(tmp_path):
     assert outcome.metrics["ntp_share_original"] == 1
     assert outcome.metrics["segmenter_lossless"] == 1
     assert outcome.metrics["tokens_per_second"] > 0
+    assert 1 <= outcome.metrics["untrained_antecedent_rank"] <= 20
     again = start(TINY, tmp_path)  # all state is there
     same = {key for key in outcome.metrics if key.startswith(("ntp", "spt"))}
     assert {key: again.metrics[key] for key in same} == {key: outcome.metrics[key] for key in same}
@@ -132,7 +135,10 @@ def test_the_report_says_what_the_numbers_say():
     outcome = reported(ntp=trial(99.0, 0.5, rank=9.0), spt=trial(99.0, 97.0, best=98.0, unknown_wrong=90.0))
     assert "next token: forward 99.0 %, reverse held out 0.5 %, the full curse." in outcome.summary
     assert "SPT: forward 99.0 %, reverse held out 97.0 %, no gap." in outcome.summary
-    assert "9.0 of 20 by next-token training and 5.0 by SPT: the direction that the paper gives" in outcome.summary
+    assert (
+        "9.0 of 20 by next-token training and 5.0 by SPT (9.5 before training, 10.5 by chance): the direction that"
+        in outcome.summary
+    )
     assert "trained from scratch" in outcome.summary
     assert outcome.metrics["spt_reverse_heldout_best"] == 98
     assert outcome.metrics["permute_share_of_step"] == 0.01
