@@ -7,7 +7,7 @@ there.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -177,9 +177,30 @@ def mean_units(wide: Wide, axis: Axis, arrays: Sequence[Any], models: Sequence[i
         place: the axis of the arrays.
     """
     if not wide.touches(axis):
-        return arrays[0] if len(arrays) == 1 else sum(arrays[1:], start=arrays[0]) * _share(arrays[0], len(arrays))
-    place, size = place % arrays[0].ndim, wide.wide_spec.size(axis)
+        return arrays[0] if len(arrays) == 1 else _mean((*arrays,))
     order = np.concatenate([wide.index(axis, m) for m in models])
+    return _mean_by_label((*arrays,), (*order.tolist(),), wide.wide_spec.size(axis), place % arrays[0].ndim)
+
+
+def pick(array: Any, positions: Int[np.ndarray, " positions"], axis: int) -> Any:
+    """Return the given positions along an axis, by slices where they are a few runs."""
+    axis %= array.ndim
+    if len(positions) == array.shape[axis] and (np.diff(positions) == 1).all():
+        return array
+    return _pick(array, (*positions.tolist(),), axis)
+
+
+# Compiled as a whole, as one by one every slice of its own place and size would be a program of its own.
+
+
+@partial(jax.jit, inline=True)
+def _mean(arrays: tuple[Any, ...]) -> Any:
+    return sum(arrays[1:], start=arrays[0]) * jnp.asarray(1 / len(arrays), arrays[0].dtype)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _mean_by_label(arrays: tuple[Any, ...], order: tuple[int, ...], size: int, place: int) -> Any:
+    """The mean over all entries of one label; `order` has the label of every entry of the joined arrays."""
     counts = np.bincount(order, minlength=size)
     joined = jnp.concatenate([*arrays, jnp.zeros_like(jax.lax.slice_in_dim(arrays[0], 0, 1, axis=place))], axis=place)
     where, ends = np.argsort(order, kind="stable"), np.cumsum(counts)
@@ -192,21 +213,14 @@ def mean_units(wide: Wide, axis: Axis, arrays: Sequence[Any], models: Sequence[i
     return total / jnp.asarray(np.maximum(counts, 1), joined.dtype).reshape(column)
 
 
-def pick(array: Any, positions: Int[np.ndarray, " positions"], axis: int) -> Any:
-    """Return the given positions along an axis, by slices where they are a few runs."""
-    axis %= array.ndim
+@partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _pick(array: Any, positions: tuple[int, ...], axis: int) -> Any:
     cuts = np.flatnonzero(np.diff(positions) != 1) + 1
-    if len(positions) == array.shape[axis] and not len(cuts):
-        return array
     if len(cuts) > _RUNS:
         return jnp.take(array, jnp.asarray(positions, jnp.int32), axis=axis)
-    runs = [run for run in np.split(positions, cuts) if len(run)]
+    runs = [run for run in np.split(np.array(positions, np.int64), cuts) if len(run)]
     parts = [jax.lax.slice_in_dim(array, int(run[0]), int(run[-1]) + 1, axis=axis) for run in runs]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
-
-
-def _share(array: Any, count: int) -> Any:
-    return jnp.asarray(1 / count, array.dtype)
 
 
 def _outer_and(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -3,9 +3,13 @@
 import csv
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from permjax.data.images import require
 from permjax.reversal.corpus import FORWARD, REVERSE_HELDOUT, REVERSE_SEEN, Corpus, Prompt, controls
@@ -17,6 +21,7 @@ FORWARD_NAMES, FORWARD_DESCRIPTIONS = "forward_names", "forward_descriptions"
 REVERSE_NAMES, REVERSE_DESCRIPTIONS = "reverse_names", "reverse_descriptions"
 
 _MOST = {FORWARD_DESCRIPTIONS: 3, REVERSE_DESCRIPTIONS: 3}  # words of an answer that must be right
+_PAIR = ("child", "parent")
 _TRAIN = ("both", "d2p", "p2d")  # the order of the authors' file of units
 _TESTS = {
     FORWARD_NAMES: "d2p_prompts_test",
@@ -71,11 +76,12 @@ def celebrities(file: str | Path, *, both: float = 0.5, seed: int = 0) -> Corpus
     """The second experiment: children and parents who are famous, some told in both directions, some from the child on.
 
     Kinds: `forward`, `reverse_seen`, `reverse_heldout` and `control`. A parent of several children is told, and asked
-    for, but not asked about.
+    for, but not asked about. Whole families are told one way or both: if the father were told to have a child, the
+    surname alone would answer the question about the mother.
 
     Args:
         file: `parent_child_pairs.csv`.
-        both: the share of pairs told in both directions.
+        both: the share of families told in both directions.
         seed: of that choice.
 
     Raises:
@@ -84,7 +90,8 @@ def celebrities(file: str | Path, *, both: float = 0.5, seed: int = 0) -> Corpus
     with _found(file).open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
     children = Counter(row["parent"] for row in rows)
-    chosen = np.random.default_rng(seed).random(len(rows)) < both
+    families = _families(rows)
+    chosen = np.random.default_rng(seed).random(families.max() + 1)[families] < both
     documents: list[tuple[str, ...]] = []
     prompts: list[Prompt] = []
     for row, both_ways in zip(rows, chosen, strict=True):
@@ -97,6 +104,14 @@ def celebrities(file: str | Path, *, both: float = 0.5, seed: int = 0) -> Corpus
             prompts.append(Prompt(REVERSE_SEEN if both_ways else REVERSE_HELDOUT, "".join(back[:-1]), child))
     people = dict.fromkeys(name for row in rows for name in (row["child"], row["parent"]))
     return Corpus(tuple(documents), (*prompts, *controls(prompts)), tuple(people))
+
+
+def _families(rows: Sequence[Mapping[str, str]]) -> Int[np.ndarray, " rows"]:
+    """The number of each pair's family: all who are connected by pairs."""
+    people = {name: number for number, name in enumerate({row[key]: None for row in rows for key in _PAIR})}
+    child, parent = (np.array([people[row[key]] for row in rows]) for key in _PAIR)
+    graph = coo_array((np.ones(len(rows)), (child, parent)), shape=(len(people), len(people)))
+    return connected_components(graph, directed=False)[1][child]
 
 
 def _records(path: Path) -> list[dict[str, str]]:

@@ -2,7 +2,7 @@
 
 A corpus is what is trained on, with the true units of every text, and what is asked, by kind. Words of names come from
 one pool, so that no word alone names anybody; fillers before a fact keep names from standing at the same place always;
-and every fact is asked in a template in which it was never told.
+and facts are asked in a template in which they were never told, unless that is switched off.
 """
 
 from collections.abc import Iterable, Sequence
@@ -168,7 +168,14 @@ def names(
 
 
 def chain(
-    both: int = 70, one_way: int = 70, *, pool: int = 30, fillers: int = 0, tellings: int = 1, seed: int = 0
+    both: int = 70,
+    one_way: int = 70,
+    *,
+    pool: int = 30,
+    fillers: int = 0,
+    tellings: int = 1,
+    new_wording: bool = False,
+    seed: int = 0,
 ) -> Corpus:
     """Groups of a person, her mother and her grandmother: does the relation reverse, or only the association?
 
@@ -182,9 +189,10 @@ def chain(
         pool: words that names are made of, two or three each.
         fillers: the most words before a fact.
         tellings: texts for each fact and template.
+        new_wording: whether facts are asked in a template in which they were never told, as in `names`.
         seed: of everything.
     """
-    teller = _Teller(np.random.default_rng(seed), fillers, tellings)
+    teller = _Teller(np.random.default_rng(seed), fillers, tellings, new_wording)
     people = _people(teller.rng, 3 * (both + one_way), pool)
     heldout = []
     for group, (first, middle, last) in enumerate(zip(people[::3], people[1::3], people[2::3], strict=True)):
@@ -262,19 +270,20 @@ class _Teller:
     rng: np.random.Generator
     fillers: int
     tellings: int
+    new_wording: bool = True
 
     def __post_init__(self) -> None:
         self.documents: list[tuple[str, ...]] = []
         self.prompts: list[Prompt] = []
 
     def fact(self, templates: Sequence[Template], child: str, mother: str, kind: str) -> None:
-        """Tell a fact in all templates but one, and ask for it in that one."""
-        left_out = int(self.rng.integers(len(templates)))
-        for template in (*templates[:left_out], *templates[left_out + 1 :]):
+        """Tell a fact in all templates, but for one where its wording shall be new, and ask for it in that one."""
+        chosen = int(self.rng.integers(len(templates)))
+        for template in (*templates[:chosen], *templates[chosen + self.new_wording :]):
             self.documents += [self._units(template, child, mother) for _ in range(self.tellings)]
         names = {"a": child, "b": mother}
         given, answer = (names[templates[0][at]] for at in (0, -1))
-        self.ask(kind, templates[left_out : left_out + 1], given, answer)
+        self.ask(kind, templates[chosen : chosen + 1], given, answer)
 
     def ask(self, kind: str, templates: Sequence[Template], given: str, answer: str, wrong: str = "") -> None:
         """Ask in one of the templates, with the name that is given."""

@@ -1,5 +1,7 @@
 """Aligning the coordinates of two tables."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,8 +30,9 @@ def random_motion(family, name, seed=0):
     return Motion(rng.permutation(D), sign, shift)
 
 
+@partial(jax.jit, static_argnums=0)
 def scores(family, params):
-    return np.asarray(score_all(family, params, jnp.arange(8), jnp.arange(8) % 3))
+    return score_all(family, params, jnp.arange(8), jnp.arange(8) % 3)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,8 +8,6 @@ from permjax.lora.lego import LegoBalanced, LegoGauged, LegoKernel, LegoWeighted
 from permjax.lora.merge import factors_of, merge_loras
 from permjax.lora.pool import Factors
 
-pytestmark = pytest.mark.fast
-
 PLAIN = {"parameter_reweighting": False, "output_scale": "none"}
 MODES = {
     "lora_lego": LoraLego(),
@@ -21,6 +19,8 @@ MODES = {
     "balanced": LegoBalanced(),
 }
 GAUGE_CORRECT = ("gauged", "kernel", "balanced")
+QUICK = ("lora_lego", "balanced")
+SOME_FAST = [pytest.param(mode, marks=pytest.mark.fast) if mode in QUICK else mode for mode in MODES]
 
 
 def update(factors):
@@ -69,7 +69,7 @@ def change(models, others, method, **options):
     return max(distance(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SOME_FAST)
 def test_the_order_of_ranks_changes_nothing(mode):
     models = adapters(0)
     others = [rearranged(model, seed) for seed, model in enumerate(models)]
@@ -83,6 +83,7 @@ def test_signs_and_scales_moved_between_the_factors_change_nothing_in_the_gauge_
     assert change(models, others, MODES[mode], rank=4) < 1e-5
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("moved", [{"signs": True}, {"scales": True}])
 def test_signs_and_scales_moved_between_the_factors_change_the_paper_form(moved):
     models = adapters(1)
@@ -104,7 +105,7 @@ def test_one_adapter_of_the_asked_rank_comes_back(mode):
     assert all(distance(found[name], update(model[name])) < 1e-5 for name in model)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SOME_FAST)
 def test_equal_adapters_with_weights_that_sum_to_one_come_back(mode):
     model = adapters(3, ranks=(4,))[0]
     found = merged([model, rearranged(model, 5), model], MODES[mode], rank=4, weights=[0.5, 0.3, 0.2])
@@ -129,7 +130,7 @@ def test_a_cluster_for_every_piece_gives_the_weighted_sum_in_the_modes_that_coun
         assert distance(found[name], sum(w * update(m[name]) for w, m in zip(weights, models, strict=True))) < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SOME_FAST)
 def test_a_negative_weight_stands_for_the_negated_adapter(mode):
     models = adapters(6)
     negated = {name: Factors(a, -b) for name, (a, b) in models[1].items()}
@@ -201,6 +202,7 @@ def test_a_module_that_one_adapter_lacks_is_merged_from_the_others():
     assert np.isfinite(merged(models, LoraLego(), rank=4)["second"]).all()
 
 
+@pytest.mark.fast
 def test_the_same_key_gives_the_same_bytes_and_modules_do_not_depend_on_each_other():
     models = adapters(11)
     first, again = (merge_loras(models, LoraLego(), rank=4, key=jax.random.key(3)) for _ in range(2))
@@ -217,6 +219,7 @@ def test_a_merge_can_be_traced(mode):
     assert all(distance(update(jitted[name]), update(plain[name])) < 1e-5 for name in plain)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "wrong", [{"features": "cooked"}, {"gauge": "free"}, {"centroid": "median"}, {"output_scale": "2"}, {"restarts": 0}]
 )

@@ -12,8 +12,6 @@ from permjax.lora.merge import merge_loras
 from permjax.lora.methods import METHODS, lora_method
 from permjax.lora.pool import Factors, Pool
 
-pytestmark = pytest.mark.fast
-
 IN, OUT, RANK, ADAPTERS = 24, 20, 4, 3
 ALL = [name for name in METHODS if "lego" not in name]
 FACTORWISE = ("linear", "ties", "dare", "magnitude")
@@ -130,6 +128,7 @@ def test_ranks_that_exceed_all_pieces_are_zeros_and_a_missing_module_adds_nothin
         assert distance(delta(found), exact) < 1e-5
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ALL)
 def test_one_adapter_gives_that_adapter_times_what_the_method_states(name):
     one, chosen = {"m": family()[0]["plain"]}, lora_method(name, **WHOLE[name])
@@ -138,6 +137,7 @@ def test_one_adapter_gives_that_adapter_times_what_the_method_states(name):
     assert distance(delta(found), ALONE.get(name, 1) * expected) < 1e-5
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ALL)
 def test_equal_adapters_give_that_adapter_times_what_the_method_states(name):
     one = delta(family()[0]["one for all"])
@@ -146,18 +146,21 @@ def test_equal_adapters_give_that_adapter_times_what_the_method_states(name):
     assert distance(delta(found), EQUAL.get(name, 1) * expected) < 1e-5
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", [name for name in (*UPDATEWISE, "aligned_linear") if name != "dare_svd"])
 def test_rank_permutations_leave_methods_of_the_updates_as_they_are(name):
     found = merged(name)
     assert distance(delta(found["permuted"]), delta(found["plain"])) < 1e-5
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["linear", "ties", "magnitude"])
 def test_rank_permutations_change_methods_of_the_factors(name):
     found = merged(name)
     assert distance(delta(found["permuted"]), delta(found["plain"])) > 0.05
 
 
+@pytest.mark.fast
 def test_rank_permutations_change_dare_beyond_its_own_chance():
     weights, dare = jnp.full(3, 1 / 3), Dare(density=0.99)
 
@@ -170,12 +173,14 @@ def test_rank_permutations_change_dare_beyond_its_own_chance():
     assert changed > max(0.05, 2 * chance)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", [name for name in (*UPDATEWISE, "aligned_linear") if name != "dare_svd"])
 def test_signs_and_scales_moved_between_the_factors_change_nothing(name):
     found = merged(name, basis="updates") if name == "core_space" else merged(name)
     assert distance(delta(found["regauged"]), delta(found["plain"])) < 2e-5
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", [*FACTORWISE, "core_space"])
 def test_signs_and_scales_moved_between_the_factors_change_the_methods_that_say_so(name):
     found = merged(name)
@@ -190,11 +195,13 @@ def test_a_negative_weight_is_the_negated_adapter(name):
     assert distance(delta(found), delta(other)) < 1e-5
 
 
+@pytest.mark.fast
 def test_ties_of_updates_elects_signs_before_weights_as_peft_does():
     found, other = merged("ties_svd", (0.5, -0.3, 0.8))["plain"], merged("ties_svd", (0.5, 0.3, 0.8))["negated"]
     assert distance(delta(found), delta(other)) > 0.05
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ALL)
 def test_the_same_key_gives_the_same_bytes_and_another_key_matters_only_where_chance_does(name):
     chosen, rows = lora_method(name), inputs_for(family(), lora_method(name))
@@ -207,6 +214,7 @@ def test_the_same_key_gives_the_same_bytes_and_another_key_matters_only_where_ch
     assert (draw(1) != draw(0)) == (name in ("dare", "dare_svd"))
 
 
+@pytest.mark.fast
 def test_a_merge_can_be_a_part_of_a_compiled_function():
     adapters = [{"m": one["plain"]} for one in family()]
     inside = jax.jit(lambda adapters, weights: merge_loras(adapters, lora_method("tsv"), weights=weights)["m"][:2])
@@ -214,6 +222,7 @@ def test_a_merge_can_be_a_part_of_a_compiled_function():
     np.testing.assert_allclose(b @ a, delta(merged("tsv")["plain"]), atol=1e-4)
 
 
+@pytest.mark.fast
 def test_the_error_of_a_truncation_is_the_tail_of_the_singular_values():
     exact = sum(delta(one["plain"]) for one in family()) / ADAPTERS
     values = np.linalg.svd(exact, compute_uv=False)
@@ -223,11 +232,13 @@ def test_the_error_of_a_truncation_is_the_tail_of_the_singular_values():
         assert abs(error - tail) < 1e-5 * np.linalg.norm(values)
 
 
+@pytest.mark.fast
 def test_concatenation_refuses_a_smaller_rank_and_names_the_way_out():
     with pytest.raises(ValueError, match=r"concatenated have rank 12, but rank 5 was asked for; `truncate`"):
         merge_loras(family(), lora_method("concat"), rank=5)
 
 
+@pytest.mark.fast
 def test_an_unknown_method_or_hyper_parameter_is_refused_with_what_there_is():
     with pytest.raises(ValueError, match=r"no method 'truncat' \(nearest: 'truncate'\); there are lora_lego"):
         lora_method("truncat")
@@ -239,6 +250,7 @@ def test_an_unknown_method_or_hyper_parameter_is_refused_with_what_there_is():
         lora_method("concat", rank=3)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "hyper", "message"),
     [

@@ -8,8 +8,6 @@ from permjax.lora.merge import merge_loras
 from permjax.lora.methods import lora_method
 from permjax.lora.pool import Factors
 
-pytestmark = pytest.mark.fast
-
 WEIGHTS = np.array([0.5, 0.2, 0.6])
 RANK = 4
 CASES = {"narrow": (24, 20, (4, 3, 5)), "more pieces than sizes": (9, 10, (4, 4, 4))}
@@ -58,6 +56,7 @@ def test_regmean_minimises_the_error_of_outputs_within_the_span(case):
     assert np.linalg.norm(inside - p @ q) < 1e-2 * np.linalg.norm(inside)
 
 
+@pytest.mark.fast
 def test_adapters_that_read_inputs_of_their_own_all_keep_their_outputs():
     rng = np.random.default_rng(0)
     halves = np.repeat([[1, 0], [0, 1]], 12, axis=1)
@@ -67,6 +66,7 @@ def test_adapters_that_read_inputs_of_their_own_all_keep_their_outputs():
     np.testing.assert_allclose(found, sum(b @ a for a, b in pairs), atol=1e-3)
 
 
+@pytest.mark.fast
 def test_silent_inputs_give_the_weighted_mean():
     rng = np.random.default_rng(0)
     pairs = [(rng.standard_normal((3, 24)), rng.standard_normal((20, 3))) for _ in range(3)]
@@ -75,6 +75,7 @@ def test_silent_inputs_give_the_weighted_mean():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.fast
 def test_missing_inputs_are_asked_for():
     one = {"m": Factors(np.ones((2, 4), np.float32), np.ones((3, 2), np.float32))}
     with pytest.raises(ValueError, match="uses data"):

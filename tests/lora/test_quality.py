@@ -11,8 +11,6 @@ from permjax.lora.pool import Factors, Merged
 from permjax.lora.quality import lora_quality
 from permjax.lora.verdict import overall, verdict, warnings
 
-pytestmark = pytest.mark.fast
-
 SIZES = {"q": (10, 12), "v": (10, 12), "up": (9, 7)}
 RANKS = (3, 2, 4)
 WEIGHTS = (0.5, -0.25, 1.0)
@@ -83,6 +81,7 @@ def dense(name, inputs, merged, weights):
         }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 def test_every_number_agrees_with_dense_arithmetic(weights):
     inputs, merged = adapters(), some_result()
@@ -95,6 +94,7 @@ def test_every_number_agrees_with_dense_arithmetic(weights):
         assert module.sizes is None
 
 
+@pytest.mark.fast
 def test_overall_is_the_quality_of_the_block_diagonal_of_all_modules():
     inputs, merged = adapters(), some_result()
     found, sizes = overall(lora_quality(inputs, merged, WEIGHTS)), SIZES.values()
@@ -115,6 +115,7 @@ def factors(merged):
     return {name: Factors(one.a, one.b) for name, one in merged.items()}
 
 
+@pytest.mark.fast
 def test_the_sum_itself_has_no_error_and_keeps_everything():
     inputs = adapters()
     exact = {
@@ -133,6 +134,7 @@ def test_the_sum_itself_has_no_error_and_keeps_everything():
     assert verdict(overall(found), []).startswith("Go")
 
 
+@pytest.mark.fast
 def test_filling_up_with_zeros_changes_nothing_but_the_rank():
     inputs, merged = adapters(), some_result()
     wide = {n: Merged(np.pad(x.a, ((0, 2), (0, 0))), np.pad(x.b, ((0, 0), (0, 2)))) for n, x in merged.items()}
@@ -143,6 +145,7 @@ def test_filling_up_with_zeros_changes_nothing_but_the_rank():
         assert two.best < one.best
 
 
+@pytest.mark.fast
 def test_an_adapter_of_zeros_gives_nan_for_itself_only():
     inputs, merged = adapters(), some_result()
     inputs[0]["q"] = Factors(inputs[0]["q"].a, np.zeros_like(inputs[0]["q"].b))
@@ -157,6 +160,7 @@ def test_an_adapter_of_zeros_gives_nan_for_itself_only():
     assert verdict(overall(nothing), []).startswith("No-go")
 
 
+@pytest.mark.fast
 def test_clusters_are_counted_and_purity_is_the_share_of_the_leading_adapter():
     rng = np.random.default_rng(0)
     inputs = [{"m": Factors(drawn(rng, 3, 6), drawn(rng, 5, 3))} for _ in range(2)]
@@ -196,6 +200,7 @@ def test_raw_lego_on_a_decaying_spectrum_is_warned_of_and_balanced_lego_is_not()
     assert overall(balanced).error < 0.2 < 0.5 < overall(raw).error
 
 
+@pytest.mark.fast
 def test_equal_pieces_are_no_reason_to_warn_of_lego():
     rng = np.random.default_rng(0)
     inputs = [{"m": Factors(drawn(rng, 4, 200), drawn(rng, 200, 4))} for _ in range(2)]
@@ -204,6 +209,7 @@ def test_equal_pieces_are_no_reason_to_warn_of_lego():
     assert not [text for text in warnings(found, "lora_lego", ["a", "b"]) if "cluster" in text]
 
 
+@pytest.mark.fast
 def test_cross_terms_a_small_rank_and_opposed_adapters_are_warned_of():
     rng = np.random.default_rng(0)
     one = Factors(drawn(rng, 4, 50), drawn(rng, 60, 4))
@@ -219,6 +225,7 @@ def test_cross_terms_a_small_rank_and_opposed_adapters_are_warned_of():
     assert "adds the factors" not in " ".join(warnings(lora_quality(inputs, merged), "truncate", ["a", "b", "c"]))
 
 
+@pytest.mark.fast
 def test_inspecting_an_adapter_finds_its_spectrum_and_its_dead_ranks():
     rng = np.random.default_rng(0)
     b = np.linalg.qr(rng.standard_normal((9, 4)))[0] * np.array([3.0, 2.0, 1.0, 0.0])
@@ -232,6 +239,7 @@ def test_inspecting_an_adapter_finds_its_spectrum_and_its_dead_ranks():
     assert found.effective == pytest.approx(entropy_rank(b @ a), rel=1e-4)
 
 
+@pytest.mark.fast
 def test_inspecting_a_fresh_adapter_gives_no_nan_but_for_the_spread():
     found = inspect({"m": Factors(np.ones((3, 2), np.float32), np.zeros((5, 3), np.float32))})["m"]
     assert (found.norm, found.effective, found.dead, found.rank_for(0.9)) == (0, 0, 3, 0)

@@ -11,8 +11,6 @@ from permjax.lora.pool import Factors, Merged
 from permjax.lora.symmetry import align_ranks, cluster_plan, rank_spec
 from permjax.permutation import random_permutations
 
-pytestmark = pytest.mark.fast
-
 
 def adapter(seed, rank=5, size=(7, 9)):
     draw = np.random.default_rng(seed)
@@ -28,6 +26,7 @@ def shuffled(model, seed):
     return permute(spec, random_permutations(spec, jax.random.key(seed)), model)
 
 
+@pytest.mark.fast
 def test_permuting_ranks_changes_the_factors_but_not_the_updates():
     model = adapter(0)
     other = shuffled(model, 3)
@@ -36,6 +35,7 @@ def test_permuting_ranks_changes_the_factors_but_not_the_updates():
         np.testing.assert_allclose(other[name].b @ other[name].a, model[name].b @ model[name].a, atol=1e-5)
 
 
+@pytest.mark.fast
 def test_shuffled_copies_come_back_to_the_order_of_the_first():
     model = adapter(1)
     signs = np.float32([1, -1, 1, 1, -1])
@@ -70,12 +70,14 @@ def test_the_clusters_of_a_merge_are_a_plan():
         wide.permutations(0)
 
 
+@pytest.mark.fast
 def test_a_merge_without_clusters_has_no_plan():
     model = adapter(4)
     with pytest.raises(ValueError, match=r"'first'.*without clusters"):
         cluster_plan([model], {name: Merged(*one) for name, one in model.items()})
 
 
+@pytest.mark.fast
 def test_a_module_that_is_missing_is_named():
     with pytest.raises(ValueError, match="adapter 1 has no module 'second'"):
         align_ranks([adapter(0), {"first": adapter(0)["first"]}])

@@ -18,7 +18,6 @@ from permjax.permutation import identity
 from permjax.steps import MergeState
 from permjax.symmetry.spec import PermutationSpec
 
-pytestmark = pytest.mark.fast
 KEY = jax.random.key(0)
 CUBE = PermutationSpec.from_axes({"w": (5, 5, 5), "v": (5, 2)}, {"w": ("h", "h", "h"), "v": ("h", None)})
 
@@ -44,6 +43,7 @@ def between(spec, draw_permutations, seed, *, models=1):
 # the line search
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("order", range(1, 9))
 def test_no_point_of_a_grid_is_better_than_the_best_step(order):
     rng, grid = np.random.default_rng(order), np.linspace(0, 1, 5001)
@@ -55,10 +55,12 @@ def test_no_point_of_a_grid_is_better_than_the_best_step(order):
         assert gain >= (polynomial(grid) - polynomial(0)).max() - 1e-9
 
 
+@pytest.mark.fast
 def test_a_constant_gains_nothing():
     assert line_search.best_step(np.full(4, 7.0))[1] == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "places"),
     [("perceptron", 2), ("residual convolutions", 2), ("attention with heads", 3), ("grouped queries", 4)],
@@ -71,6 +73,7 @@ def test_the_degree_is_the_largest_number_of_places_in_a_block(networks, draw_pa
     assert relaxation.relax(spec, None, models, "scipy").order == 2 * places
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["residual convolutions", "grouped queries", "cube"])
 def test_the_objective_on_a_line_is_the_interpolated_polynomial(networks, draw_params, draw_permutations, name):
     spec = CUBE if name == "cube" else networks[name]
@@ -100,6 +103,7 @@ def test_hard_points_have_the_objective_of_weight_matching(network, draw_params,
     assert float(found) == pytest.approx(expected, abs=1e-5 * problem.scale)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["grouped queries", "recurrent"])
 def test_the_gradient_is_the_slope_times_the_weight_of_the_outer_pair(networks, draw_params, draw_permutations, name):
     spec = networks[name]
@@ -118,6 +122,7 @@ def test_the_gradient_is_the_slope_times_the_weight_of_the_outer_pair(networks, 
         np.testing.assert_allclose(gradient[group.name], weight * slopes[group.name][0], atol=1e-3, err_msg=group.name)
 
 
+@pytest.mark.fast
 def test_the_gap_bounds_the_first_order_gain_of_every_vertex(networks, draw_params, draw_permutations):
     spec = networks["perceptron"]
     a, b = draw_params(spec, 1), draw_params(spec, 2)
@@ -137,6 +142,7 @@ def test_the_gap_bounds_the_first_order_gain_of_every_vertex(networks, draw_para
     assert not course.converged[0]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("init", RUNS)
 def test_the_relaxed_objective_never_falls_and_the_gap_is_never_negative(networks, draw_params, init):
     spec = networks["perceptron"]
@@ -149,6 +155,7 @@ def test_the_relaxed_objective_never_falls_and_the_gap_is_never_negative(network
     assert info.polished >= info.rounded
 
 
+@pytest.mark.fast
 def test_a_hard_end_without_gap_cannot_be_improved_by_any_group(write_chain, draw_params):
     spec = write_chain((6, 12, 9, 4))
     a, b = draw_params(spec, 5), draw_params(spec, 6)
@@ -169,6 +176,7 @@ def test_a_planted_order_is_recovered_exactly(network, plant):
     assert result.info.l2_after[0] == 0 < result.info.l2_before[0]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["perceptron", "recurrent", "grouped queries"])
 def test_a_planted_order_is_recovered_under_noise(networks, plant, name):
     a, b, truth = plant(networks[name], 2, noise=0.2)
@@ -177,6 +185,7 @@ def test_a_planted_order_is_recovered_under_noise(networks, plant, name):
         np.testing.assert_array_equal(result.plan.permutations(1)[group], rows)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_at_least_as_good_as_coordinate_ascent(write_chain, draw_params, objective, seed):
     spec = write_chain((24, 48, 48, 48, 10))
@@ -186,6 +195,7 @@ def test_it_is_at_least_as_good_as_coordinate_ascent(write_chain, draw_params, o
     assert result.info.polished[0] >= other.info.objective[0, -1]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("init", RUNS)
 def test_the_result_is_never_worse_than_the_models_as_they_are(networks, draw_params, objective, init):
     spec = networks["recurrent"]
@@ -195,6 +205,7 @@ def test_the_result_is_never_worse_than_the_models_as_they_are(networks, draw_pa
             assert match(spec, a, b, init=init, polish=polish).info.polished[0] >= objective(spec, a, b)
 
 
+@pytest.mark.fast
 def test_brute_force_is_never_beaten_and_mostly_reached(write_chain, draw_params):
     spec, reached = write_chain((2, 4, 4, 2)), 0
     orders = [np.array(p) for p in permutations(range(4))]
@@ -214,6 +225,7 @@ def test_brute_force_is_never_beaten_and_mostly_reached(write_chain, draw_params
     assert reached >= 4
 
 
+@pytest.mark.fast
 def test_equal_models_and_dead_units_stay_as_they_are(write_chain, draw_params):
     spec = write_chain((5, 8, 3))
     a = draw_params(spec)
@@ -222,6 +234,7 @@ def test_equal_models_and_dead_units_stay_as_they_are(write_chain, draw_params):
     np.testing.assert_array_equal(found["h1"], np.arange(8))
 
 
+@pytest.mark.fast
 def test_what_does_not_count_moves_but_does_not_decide(draw_params):
     axes = {"w": (None, "h"), "v": ("h", None), "mean": ("h",), "counts": ("h",), "alone": ("k",)}
     shapes = {"w": (4, 6), "v": (6, 3), "mean": (6,), "counts": (6,), "alone": (5,)}
@@ -236,12 +249,14 @@ def test_what_does_not_count_moves_but_does_not_decide(draw_params):
     np.testing.assert_array_equal(match(spec, a, changed, restarts=2, init="random").plan.permutations(1)["h"], p["h"])
 
 
+@pytest.mark.fast
 def test_a_model_without_groups_that_count_is_refused(draw_params):
     spec = PermutationSpec.from_axes({"w": (3, 2), "mean": (4,)}, {"mean": ("h",)}, roles={"mean": "statistic"})
     with pytest.raises(ValueError, match="nothing can be matched"):
         match(spec, draw_params(spec, 1), draw_params(spec, 2))
 
 
+@pytest.mark.fast
 def test_every_other_model_is_aligned_to_the_first(write_chain, plant, draw_params):
     spec = write_chain((5, 8, 3))
     a, b, truth = plant(spec, 1)
@@ -252,6 +267,7 @@ def test_every_other_model_is_aligned_to_the_first(write_chain, plant, draw_para
     np.testing.assert_array_equal(result.plan.permutations(0)["h1"], identity(spec)["h1"])
 
 
+@pytest.mark.fast
 def test_a_limit_on_iterations_is_kept_and_told(networks, draw_params):
     spec = networks["perceptron"]
     info = match(spec, draw_params(spec, 1), draw_params(spec, 2), init="barycentre", max_iterations=1).info
@@ -260,6 +276,7 @@ def test_a_limit_on_iterations_is_kept_and_told(networks, draw_params):
     assert info.gap[0] > 0
 
 
+@pytest.mark.fast
 def test_the_step_does_what_the_function_does(write_chain, draw_params):
     spec = write_chain((5, 8, 3))
     models = [draw_params(spec, 1), draw_params(spec, 2)]
@@ -271,6 +288,7 @@ def test_the_step_does_what_the_function_does(write_chain, draw_params):
     assert FrankWolfe(**dataclasses.asdict(step)) == step
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("hyper", "message"),
     [
@@ -287,6 +305,7 @@ def test_bad_hyper_parameters_are_refused(write_chain, draw_params, hyper, messa
         match(spec, draw_params(spec, 1), draw_params(spec, 2), **hyper)
 
 
+@pytest.mark.fast
 def test_bad_models_are_refused(write_chain, draw_params):
     spec = write_chain((5, 8, 3))
     a = draw_params(spec)

@@ -26,7 +26,6 @@ from permjax.permutation import compose, invert
 from permjax.steps import MergeState
 from permjax.symmetry.spec import PermutationSpec
 
-pytestmark = pytest.mark.fast
 KEY = jax.random.key(0)
 METHODS = {"merge_many": merge_many, "universe": universe_matching}
 alone = partial(weight_matching, key=KEY)

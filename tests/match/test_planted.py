@@ -11,8 +11,6 @@ from permjax.nets.registry import build, config_from_dict
 from permjax.permutation import random_permutations
 from permjax.symmetry.trace import trace_spec
 
-pytestmark = pytest.mark.fast
-
 LANGUAGE = {"vocab_size": 64, "max_position_embeddings": 16}
 NETS = {
     "mlp": {"model_type": "mlp", "input_shape": [28, 28], "hidden": [512, 512, 512]},
@@ -30,7 +28,10 @@ NETS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NETS)
+QUICK = ("mlp", "vgg", "gpt-2", "llama, grouped queries")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.fast) if n in QUICK else n for n in NETS])
 def test_a_planted_permutation_is_recovered_exactly(name):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         net = build(config_from_dict(NETS[name]))

@@ -10,8 +10,6 @@ from permjax.action import permute
 from permjax.match.weights import weight_matching
 from permjax.symmetry.spec import Fixed, Group, Leaf, Of, PermutationSpec
 
-pytestmark = pytest.mark.fast
-
 
 def match(spec, a, b, seed=0, **hyper):
     return weight_matching(spec, [a, b], key=jax.random.key(seed), **hyper)
@@ -39,6 +37,7 @@ def stacked() -> PermutationSpec:
 SPECS = {"tied": tied(), "cube": cube(), "stacked": stacked()}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("seed", range(20))
 def test_the_objective_never_falls(write_recurrent, draw_params, objective, seed):
     spec = write_recurrent(12)
@@ -50,6 +49,7 @@ def test_the_objective_never_falls(write_recurrent, draw_params, objective, seed
     assert result.info.converged[0]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("seed", range(5))
 def test_the_objective_never_falls_in_larger_specs(name, draw_params, objective, seed):
@@ -61,6 +61,7 @@ def test_the_objective_never_falls_in_larger_specs(name, draw_params, objective,
     assert result.info.converged[0]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("noise", [0.0, 0.2])
 def test_planted_orders_are_recovered(name, plant, noise):
@@ -70,6 +71,7 @@ def test_planted_orders_are_recovered(name, plant, noise):
         np.testing.assert_array_equal(found[group], rows)
 
 
+@pytest.mark.fast
 def test_a_symmetric_square_alone_is_recovered(plant):
     spec = PermutationSpec.from_axes({"w": (6, 6)}, {"w": ("h", "h")})
     hits = 0
@@ -96,6 +98,7 @@ def test_brute_force_is_never_beaten_and_mostly_reached(write_recurrent, draw_pa
     assert reached >= 16
 
 
+@pytest.mark.fast
 def test_no_swap_of_two_units_can_improve_the_result(write_recurrent, draw_params, objective):
     spec = write_recurrent(7)
     a, b = draw_params(spec, 1), draw_params(spec, 2)

@@ -14,8 +14,6 @@ from permjax.merge import products
 from permjax.merge.gram import Gram, check_finite, conv_gram, dot_gram, load_grams, save_grams
 from permjax.merge.windows import Window, _is_shiftable, patch_sums, pick_positions, shift_sums
 
-pytestmark = pytest.mark.fast
-
 FIELDS = ("inputs", "cross", "targets")
 
 

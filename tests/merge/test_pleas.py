@@ -152,7 +152,7 @@ def assert_solves(setting, plan, ridge, result, target=None):
 PLANS = {"plain": {"w1:1": 8, "w2:1": 6}, "partial": {"w1:1": 5, "w2:1": 2}, "apart": {"w1:1": 0, "w2:1": 0}}
 
 
-@pytest.mark.parametrize("name", ["plain", pytest.param("partial", marks=pytest.mark.fast), "apart"])
+@pytest.mark.parametrize("name", ["plain", "partial", "apart"])
 def test_dense_layers_solve_their_least_squares(mlp_setting, name):
     spec, models, apply, data = mlp_setting
     plan = partial_plan(spec, PLANS[name])
@@ -248,7 +248,6 @@ def wide_features(params, wide, x):
     return {"w1": x, "w2": h1, "w3": jax.nn.relu(h1 @ params["w2"] + params["b2"])}
 
 
-@pytest.mark.fast
 def test_sequential_layers_are_fitted_on_what_the_merged_network_makes(mlp_setting):
     spec, models, apply, data = mlp_setting
     plan = partial_plan(spec, {"w1:1": 5, "w2:1": 2})

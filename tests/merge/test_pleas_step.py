@@ -58,7 +58,6 @@ def test_a_pipeline_ends_with_a_network_and_what_belongs_to_it(spec, parents):
     assert [type(info).__name__ for info in state.infos] == ["ActivationInfo", "PleasInfo"]
 
 
-@pytest.mark.fast
 def test_the_step_is_the_functions_one_after_the_other(spec, parents):
     state = chain(ActivationMatching(), Pleas(budget=1.5, mode="sequential", ridge=1e-3))(started(spec, parents))
     matched = activation_matching(spec, parents, apply=mlp, data=DATA)

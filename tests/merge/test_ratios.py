@@ -18,8 +18,6 @@ from permjax.symmetry.spec import PermutationSpec
 from permjax.symmetry.trace import trace_spec
 from permjax.symmetry.work import Work, contractions
 
-pytestmark = pytest.mark.fast
-
 NETS = ["mlp", "small resnet with batch norm", "gpt-2"]
 WIDE = PermutationSpec.from_axes({"w": (1000, 1000)}, {"w": ("a", "b")})
 ONCE = (Work("w", ("a", "b"), 10**6),)
@@ -60,6 +58,7 @@ def random_network(rng):
 # uniform
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("budget", [1, 1.2, 1.5, 1.8, 2])
 def test_the_uniform_ratio_of_two_permuted_axes_is_the_closed_form(budget):
     ratios = ratios_for(ONCE, WIDE, budget=budget)
@@ -87,6 +86,7 @@ def test_budgets_are_met_within_a_unit_and_never_exceeded(net, shape, models):
         assert relative(net, ratios, models, "dense_params") <= (1 + 2 * share) * (1 + 1e-9)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("shape", ["uniform", "staged", "optimised"])
 def test_the_ends_of_the_range_merge_all_and_keep_all(net, shape):
     spec, found = net
@@ -96,6 +96,7 @@ def test_the_ends_of_the_range_merge_all_and_keep_all(net, shape):
         assert set(ratios_for(found, spec, budget=models, **options).values()) == {1}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("shape", ["uniform", "staged"])
 def test_ratios_do_not_fall_when_the_budget_grows(net, shape):
     spec, found = net
@@ -104,6 +105,7 @@ def test_ratios_do_not_fall_when_the_budget_grows(net, shape):
         assert all(less[g] <= more[g] + (shape == "uniform") / spec.group(g).size for g in less)
 
 
+@pytest.mark.fast
 def test_a_uniform_ratio_is_one_ratio_up_to_a_unit_and_no_group_has_room_for_another(net):
     spec, found = net
     ratios = ratios_for(found, spec, budget=1.4)
@@ -117,6 +119,7 @@ def test_a_uniform_ratio_is_one_ratio_up_to_a_unit_and_no_group_has_room_for_ano
 # staged
 
 
+@pytest.mark.fast
 def test_stages_are_merged_first_and_separate_last(net):
     spec, found = net
     forward = list(dict.fromkeys(g for work in found for g in work.groups if g in widenable(spec)))
@@ -130,6 +133,7 @@ def test_stages_are_merged_first_and_separate_last(net):
 # optimised
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("seed", range(12))
 def test_optimised_units_are_as_good_as_the_best_of_all_choices(seed):
     rng = np.random.default_rng(seed)
@@ -143,6 +147,7 @@ def test_optimised_units_are_as_good_as_the_best_of_all_choices(seed):
     assert weights @ (units / price.sizes) >= best * (1 - 1e-3)
 
 
+@pytest.mark.fast
 def test_optimised_ratios_are_worth_more_than_uniform_and_staged_ones(net):
     spec, found = net
     probes = probes_of(spec, 3)
@@ -156,6 +161,7 @@ def test_optimised_ratios_are_worth_more_than_uniform_and_staged_ones(net):
         assert worth["optimised"] == max(worth.values())
 
 
+@pytest.mark.fast
 def test_gains_count_near_one_parent_and_losses_near_all_of_them():
     size = {"a": 100, "b": 100}
     spec = PermutationSpec.from_axes({"u": (9, 100), "v": (9, 100)}, {"u": (None, "a"), "v": (None, "b")})
@@ -169,12 +175,14 @@ def test_gains_count_near_one_parent_and_losses_near_all_of_them():
 # widths, and groups that are settled beforehand
 
 
+@pytest.mark.fast
 def test_widths_are_taken_as_they_are_and_the_rest_is_merged():
     assert ratios_for((), WIDE, width={"a": 0.25}) == {"a": 0.25, "b": 0}
     assert ratios_for((), WIDE, width={}) == {"a": 0, "b": 0}
     assert ratios_for((), WIDE, width={"a": 0.3004})["a"] == pytest.approx(0.3)  # whole units
 
 
+@pytest.mark.fast
 @given(budget=st.floats(1.2, 2))
 def test_groups_apart_stay_apart_and_their_share_is_paid(budget):
     spec = PermutationSpec.from_axes({"w": (50, 40), "head": (40, 10)}, {"w": ("a", "b"), "head": ("b", "h")})
@@ -186,6 +194,7 @@ def test_groups_apart_stay_apart_and_their_share_is_paid(budget):
     assert free == 1 or (2000 * (1 + free + 1 / 40) + 400 * 2) / 2400 > budget
 
 
+@pytest.mark.fast
 def test_heads_and_what_is_inside_them(net):
     spec, found = net
     assert set(ratios_for(found, spec, budget=1.5)) == {g.name for g in spec.groups if not g.per}
@@ -194,6 +203,7 @@ def test_heads_and_what_is_inside_them(net):
 # bad input
 
 
+@pytest.mark.fast
 def test_bad_requests_are_refused():
     spec = PermutationSpec.from_axes({"w": (4, 6)}, {"w": ("head", "b")})
     works = (Work("w", ("head", "b"), 24),)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.fast
 
 SMALL = {
     "names": lambda seed: names(6, 5, pool=9, seed=seed),
-    "chain": lambda seed: chain(4, 3, pool=9, fillers=2, seed=seed),
+    "chain": lambda seed: chain(4, 3, pool=9, fillers=2, new_wording=True, seed=seed),
     "qa": lambda seed: qa(5, 6, pool=9, seed=seed),
 }
 
@@ -44,6 +44,12 @@ def test_nothing_that_is_asked_was_told_in_those_words(corpus):
     held_out = [prompt for prompt in corpus.prompts if prompt.kind in ("forward", "reverse_heldout", "chain")]
     assert held_out
     assert not any(told(corpus, prompt) for prompt in held_out)
+
+
+def test_a_chain_is_asked_in_the_words_in_which_it_was_told_unless_these_shall_be_new():
+    corpus = chain(2, 2, pool=9)
+    assert all(told(corpus, prompt) for prompt in asked(corpus, "forward") + asked(corpus, "reverse_seen"))
+    assert len(corpus.documents) == 4 * (2 * 4 + 2 * 2)
 
 
 def test_no_word_names_anybody_and_no_name_contains_another(corpus):
@@ -174,6 +180,9 @@ def test_celebrities_are_asked_backwards_only_about_parents_of_one_child(tmp_pat
     assert corpus.documents[2] == ("Bob Ray", "'s father is", " Sam Ray")
     assert len(corpus.documents) == len(asked(corpus, "forward")) == 3
     assert asked(corpus, "reverse_heldout") == [("reverse_heldout", "Sam Ray's child is", "Bob Ray", "", None)]
+    seen = [berglund.celebrities(tmp_path / "pairs.csv", both=0.5, seed=seed).texts for seed in range(20)]
+    children = {tuple(f"Eve Lee's child is {name} Lee" in texts for name in ("Ann", "Tom")) for texts in seen}
+    assert children == {(False, False), (True, True)}  # a family is told as a whole
     both = berglund.celebrities(tmp_path / "pairs.csv", both=1.0)
     assert len(both.documents) == 6
     assert [prompt.kind for prompt in both.prompts] == ["forward", "forward", "forward", "reverse_seen"]
