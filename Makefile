@@ -36,6 +36,8 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/matching.py
 	$(BIN)/python benchmarks/pleas.py
 	$(BIN)/python benchmarks/lora_merge.py
+	$(BIN)/python benchmarks/kge.py
+	$(BIN)/python benchmarks/spt.py
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "permjax needs Python 3.11 or newer on the PATH (or PYTHON=/path/to/python)."; exit 1; }
