@@ -65,7 +65,7 @@ def _untrained(task: Task) -> Antecedents:
 def _trial(config: SptConfig, task: Task, name: str, folder: Path, progress: Any) -> tuple[Trial, PyTree]:
     """One model: what it answers, and its trained parameters."""
     method, training, rows = METHODS[name], config.trained, task.rows[name]
-    watch = _Watch(task, method, folder.with_suffix(".json"), progress)
+    watch = _Watch(task, method, folder.with_name(f"{folder.name}.json"), progress)
     progress.start(f"{name}, seed {task.name}", training.steps)
     watch.begin()
     learner = task.learner

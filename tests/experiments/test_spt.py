@@ -102,6 +102,7 @@ def test_a_base_model_a_small_assistant_and_shares_are_trained_and_reported(tmp_
     assert "tell none of the facts" in outcome.summary
     (table,) = (table for table in outcome.tables if table.title.startswith("By the share"))
     assert [row[1] for row in table.rows] == ["50 %"]
+    assert (tmp_path / "state" / "spt_lm-0-0.5.json").is_file()  # no other share writes there
 
 
 def test_a_share_keeps_the_number_of_facts():
