@@ -2,6 +2,29 @@
 
 from permjax.action import permute as permute
 from permjax.action import permute_state as permute_state
+from permjax.edit.alphaedit import AlphaEdit as AlphaEdit
+from permjax.edit.alphaedit import alphaedit as alphaedit
+from permjax.edit.apply import edit_batch as edit_batch
+from permjax.edit.apply import edit_independent as edit_independent
+from permjax.edit.apply import edit_sequence as edit_sequence
+from permjax.edit.covariance import collect_covariances as collect_covariances
+from permjax.edit.delta import apply_delta as apply_delta
+from permjax.edit.delta import load_delta as load_delta
+from permjax.edit.delta import permute_delta as permute_delta
+from permjax.edit.delta import save_delta as save_delta
+from permjax.edit.delta import side_path as side_path
+from permjax.edit.finetune import FtL as FtL
+from permjax.edit.finetune import ft_l as ft_l
+from permjax.edit.memit import Memit as Memit
+from permjax.edit.memit import memit as memit
+from permjax.edit.prefixes import sampled_prefixes as sampled_prefixes
+from permjax.edit.prepare import prepare_all as prepare_all
+from permjax.edit.requests import EditRequest as EditRequest
+from permjax.edit.requests import read_requests as read_requests
+from permjax.edit.rome import CRome as CRome
+from permjax.edit.rome import Rome as Rome
+from permjax.edit.rome import c_rome as c_rome
+from permjax.edit.rome import rome as rome
 from permjax.kge.alignment import align_coordinates as align_coordinates
 from permjax.kge.alignment import average_tables as average_tables
 from permjax.kge.coldstart import cold_start as cold_start
@@ -76,6 +99,7 @@ from permjax.merge.guard_limits import calibrate_limits as calibrate_limits
 from permjax.merge.guard_step import Guard as Guard
 from permjax.merge.guarded import Watch as Watch
 from permjax.merge.guarded import guarded_apply as guarded_apply
+from permjax.merge.guarded import guarded_sequence as guarded_sequence
 from permjax.merge.heads import own_heads as own_heads
 from permjax.merge.norms import wide_statistics as wide_statistics
 from permjax.merge.partial import constrained_plan as constrained_plan
@@ -92,6 +116,7 @@ from permjax.merge.scale import CanonicalScale as CanonicalScale
 from permjax.merge.scale import canonical_scale as canonical_scale
 from permjax.merge.statistics import Statistics as Statistics
 from permjax.merge.zipping import zip_plan as zip_plan
+from permjax.nets.generation import generate as generate
 from permjax.permutation import Permutations as Permutations
 from permjax.permutation import as_matrix as as_matrix
 from permjax.permutation import compose as compose

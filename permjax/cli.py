@@ -24,6 +24,7 @@ _GROUPS = {
     "lora": "Merge LoRA adapters, inspect one, or extract one from two checkpoints.",
     "kge": "Train models of knowledge graphs, evaluate one, ask it, list its rules, or export it.",
     "reversal": "Re-order the semantic units of texts, or show them.",
+    "edit": "Change facts in a language model, each in the first way that a guard accepts.",
     "check": "Tell how well a language model foretells text, and whether a change has broken it.",
 }
 """Commands, some with commands of their own, which `permjax.experiments.<name>_commands` has in a type of that name."""

@@ -1,6 +1,8 @@
 """The house of docs/design.md: no import runs upward, the core knows no framework, files stay small."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -109,3 +111,9 @@ def test_no_annotation_is_turned_into_text_and_no_checker_is_imported(imported):
     names = set().union(*imported.values())
     assert "__future__.annotations" not in names
     assert not {name for name in names if name.split(".")[0] == "beartype"}
+
+
+def test_importing_the_public_face_imports_no_framework():
+    found = "import sys, permjax; print(*sorted({'flax', 'torch', 'transformers', 'tokenizers'} & {*sys.modules}))"
+    run = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""

@@ -17,7 +17,7 @@ import numpy as np
 
 from permjax import tree
 from permjax.io.checkpoint import Checkpoint
-from permjax.nets.base import batch_statistics
+from permjax.nets.linen import batch_statistics
 from permjax.nets.registry import ConfigError, build, config_from_dict, config_to_dict
 
 _CONSTANTS = ("*.attn.bias", "*.attn.masked_bias", "*.rotary_emb.inv_freq")

@@ -35,7 +35,8 @@ from permjax.match.ste import SteMatching, ste_matching
 from permjax.match.universe import UniverseMatching, universe_matching
 from permjax.match.weights import WeightMatching, weight_matching
 from permjax.merge.average import average
-from permjax.nets.base import Net, batch_statistics
+from permjax.nets.base import Net
+from permjax.nets.linen import batch_statistics
 from permjax.nets.mlp import MLPConfig
 from permjax.nets.registry import build
 from permjax.nets.resnet import ResNetConfig

@@ -14,7 +14,8 @@ from permjax import tree
 from permjax.data import images
 from permjax.data.dataset import Dataset
 from permjax.data.registry import load
-from permjax.nets.base import Net, batch_statistics
+from permjax.nets.base import Net
+from permjax.nets.linen import batch_statistics
 from permjax.nets.mlp import MLPConfig
 from permjax.nets.resnet import ResNetConfig
 from permjax.nets.vgg import VGGConfig

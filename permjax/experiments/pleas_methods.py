@@ -26,7 +26,8 @@ from permjax.merge.pleas import pleas
 from permjax.merge.scores import unit_scores
 from permjax.merge.wide import Wide
 from permjax.merge.zipping import zip_plan
-from permjax.nets.base import Net, batch_statistics
+from permjax.nets.base import Net
+from permjax.nets.linen import batch_statistics
 from permjax.plan import Plan
 from permjax.symmetry.spec import PermutationSpec
 from permjax.symmetry.work import contractions

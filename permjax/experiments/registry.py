@@ -19,6 +19,9 @@ _MODULES = {
     "nfe": "permjax.experiments.nfe",
     "spt": "permjax.experiments.spt",
     "spt_text": "permjax.experiments.spt_text",
+    "collapse_single": "permjax.experiments.collapse_single",
+    "collapse_sequential": "permjax.experiments.collapse_sequential",
+    "collapse_signals": "permjax.experiments.collapse_signals",
 }
 
 

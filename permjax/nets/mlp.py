@@ -7,7 +7,8 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from permjax.nets.base import Architecture, Net, from_linen
+from permjax.nets.base import Architecture, Net
+from permjax.nets.linen import from_linen
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from permjax.nets.base import Architecture, Net, from_linen
+from permjax.nets.base import Architecture, Net
 from permjax.nets.layers import normalise, with_channel
+from permjax.nets.linen import from_linen
 
 _EXPANSION = 4  # of a bottleneck block
 

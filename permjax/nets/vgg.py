@@ -7,8 +7,9 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from permjax.nets.base import Architecture, Net, from_linen
+from permjax.nets.base import Architecture, Net
 from permjax.nets.layers import Norm, normalise, with_channel
+from permjax.nets.linen import from_linen
 
 VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from permjax.nets.base import Architecture, Net, from_linen
+from permjax.nets.base import Architecture, Net
 from permjax.nets.layers import with_channel
+from permjax.nets.linen import from_linen
 
 
 @dataclass(frozen=True)
