@@ -239,10 +239,11 @@ def qa(both: int = 100, one_way: int = 100, *, pool: int = 30, seed: int = 0) ->
 
 
 def controls(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The held-out reverse questions, each with the answer of the next one: what is right by chance alone."""
+    """The held-out reverse questions, each with the next other answer: what is right by chance alone."""
     found = [prompt for prompt in prompts if prompt.kind == REVERSE_HELDOUT]
-    others = [*found[1:], *found[:1]]
-    return [Prompt(CONTROL, own.text, other.answer) for own, other in zip(found, others, strict=True)]
+    rest = [[other.answer for other in found[n + 1 :] + found[:n]] for n in range(len(found))]
+    pairs = [(own, next((a for a in some if a != own.answer), "")) for own, some in zip(found, rest, strict=True)]
+    return [Prompt(CONTROL, own.text, other) for own, other in pairs if other]
 
 
 def _people(rng: np.random.Generator, count: int, pool: int) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from permjax.reversal import berglund
-from permjax.reversal.corpus import bridged, chain, names, qa, segmented, token_documents
+from permjax.reversal.corpus import Prompt, bridged, chain, controls, names, qa, segmented, token_documents
 from permjax.reversal.segment import NGramSegmenter
 from permjax.reversal.tokens import encoder, unit_tokens
 from permjax.reversal.vocabulary import EOS, SPECIAL, TAGS, UNKNOWN, Vocabulary
@@ -44,6 +44,13 @@ def test_nothing_that_is_asked_was_told_in_those_words(corpus):
     held_out = [prompt for prompt in corpus.prompts if prompt.kind in ("forward", "reverse_heldout", "chain")]
     assert held_out
     assert not any(told(corpus, prompt) for prompt in held_out)
+
+
+def test_a_control_never_has_the_right_answer():
+    asked_for = [("x", "Ann"), ("y", "Ann"), ("z", "Tom")]  # both parents of Ann
+    found = controls([Prompt("reverse_heldout", text, answer) for text, answer in asked_for])
+    assert [(prompt.text, prompt.answer) for prompt in found] == [("x", "Tom"), ("y", "Tom"), ("z", "Ann")]
+    assert controls([Prompt("reverse_heldout", "x", "Ann")] * 2) == []
 
 
 def test_a_chain_is_asked_in_the_words_in_which_it_was_told_unless_these_shall_be_new():
