@@ -1,6 +1,8 @@
 """What a data set is, and how one is split."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -8,6 +10,11 @@ from jaxtyping import Float, Int, Shaped
 
 class MissingData(FileNotFoundError):
     """A data file that is not where it should be; the message says where to get it and which setting names it."""
+
+
+def data_root(root: str | Path | None) -> Path:
+    """The folder of real data: the given one, else that of PERMJAX_DATA, else `data`."""
+    return Path(root or os.environ.get("PERMJAX_DATA") or "data")
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import numpy as np
 from permjax import tree
 from permjax.config import config_hash
 from permjax.data.corpora import read_corpora
+from permjax.data.dataset import data_root
 from permjax.edit.base import Statistics
 from permjax.edit.covariance import collect_covariances
 from permjax.edit.facts import World, WorldConfig, edit_requests, make_world, task_rows
@@ -24,7 +25,6 @@ from permjax.nets.base import Net
 from permjax.nets.gpt import GPT2Config
 from permjax.nets.llama import LlamaConfig
 from permjax.nets.registry import build
-from permjax.reversal.corpora import data_root
 from permjax.train import TrainConfig, train
 
 Layout = Literal["gpt2", "llama"]

@@ -7,13 +7,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from permjax.data.dataset import data_root
 from permjax.data.text import invented, read_text
 from permjax.experiments.data_root import DataRoot
 from permjax.experiments.registry import Experiment
 from permjax.experiments.spt_config import GptConfig
 from permjax.experiments.spt_report import TITLES
 from permjax.report import Curve, Figure, Outcome, Table
-from permjax.reversal.corpora import data_root
 from permjax.reversal.corpus import token_documents
 from permjax.reversal.evaluate import perplexity
 from permjax.reversal.methods import METHODS

@@ -1,12 +1,12 @@
 """Corpora by name, generated or from the files of Berglund et al. (ICLR 2024)."""
 
 import inspect
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from permjax.data.dataset import data_root
 from permjax.data.images import require
 from permjax.reversal import berglund
 from permjax.reversal.corpus import Corpus, chain, names, qa
@@ -78,11 +78,6 @@ def assistant_cuts(name: str, root: str | Path | None = None) -> Segmenter:
     folder = data_root(root) / _FOLDER
     file = require(folder / "segmented" / "descriptions_train.txt", "the file of units published by the authors of SPT")
     return berglund.assistant(folder / "descriptions", file)
-
-
-def data_root(root: str | Path | None) -> Path:
-    """The folder of real data: the given one, else that of PERMJAX_DATA, else `data`."""
-    return Path(root or os.environ.get("PERMJAX_DATA") or "data")
 
 
 def _check_name(name: str) -> None:
