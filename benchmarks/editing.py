@@ -50,7 +50,7 @@ PINNED = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THRE
 RESULT = Path(__file__).parent / "results" / "editing.json"
 AIMS = {"times_pytorch": 10.0}
 SIZES = {"vocab_size": 1411, "n_positions": 24, "n_embd": 64, "n_layer": 4, "n_head": 4}
-LAYER, ROWS, PROMPT, ANSWER, LENGTH, SENTENCES = 1, 7, 6, 1, 16, 32
+LAYER, ROWS, PROMPT, BEHIND, ANSWER, LENGTH, SENTENCES = 1, 7, 6, 3, 1, 16, 32
 SETTINGS = ValueSettings(weight_decay=1e-3, stop=0.0)  # so that all forward passes are made
 
 
@@ -69,7 +69,7 @@ def make_models() -> tuple[Any, Any, dict[str, jax.Array]]:
 
 
 def random_edit(seed: int) -> PreparedEdit:
-    """A prompt that ends with its subject; every row but the first has a prefix of six tokens."""
+    """A prompt with its subject before its last three tokens; every row but the first has a prefix of six tokens."""
     rng = np.random.default_rng(seed)
     prompt, answer = rng.integers(1, SIZES["vocab_size"], PROMPT), rng.integers(1, SIZES["vocab_size"], ANSWER)
     rows = [np.concatenate([rng.integers(1, 1411, 6 if row else 0), prompt, answer]) for row in range(ROWS)]
@@ -79,7 +79,9 @@ def random_edit(seed: int) -> PreparedEdit:
     for row, length in enumerate(lengths):
         targets[row, length - ANSWER - 1 : length - 1] = answer
     essence = np.pad(rng.integers(1, 1411, 4), (0, LENGTH - 4)).astype(np.int32)
-    return PreparedEdit(tokens, lengths - np.int32(ANSWER + 1), targets, lengths, essence, np.asarray(1, np.int32))
+    return PreparedEdit(
+        tokens, lengths - np.int32(BEHIND + ANSWER + 1), targets, lengths, essence, np.asarray(1, np.int32)
+    )
 
 
 def eager_rome(model: Any, edit: PreparedEdit, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -180,8 +180,8 @@ def _frequent(sentences: Sequence[str], words: int) -> list[str]:
 
 
 def sums() -> tuple[str, ...]:
-    """All sums of two digits, modulo 10."""
-    return tuple(f"{a} + {b} = {(a + b) % 10} ." for a in range(10) for b in range(10))
+    """All sums of two digits; each number is one token."""
+    return tuple(f"{a} + {b} = {a + b} ." for a in range(10) for b in range(10))
 
 
 # what is asked and edited

@@ -14,10 +14,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from permjax.edit.places import MlpPlace
+from permjax.edit.places import MlpPlace, layer_count, mlp_place
 from permjax.edit.prepare import PreparedEdit
 from permjax.nets.base import Net
-from permjax.nets.language import Weights, record, widen
+from permjax.nets.language import CACHED, Weights, record, widen
 
 At = Literal["value", "block"]
 
@@ -119,9 +119,23 @@ def solve_values(
         Meng et al., Locating and Editing Factual Associations in GPT (2022), section 3.1; the reference code adds decay
         and projection.
     """
+    check_edits(edits)
     numbers = {name: number for name, number in vars(settings).items() if name != "steps"}
-    search = partial(_solve, net.apply, place, at, settings.steps, numbers)
-    return _chunked(search, params, edits, chunk)
+    last = mlp_place(net.config, layer_count(net.config) - 1).block
+    task = _Task(net.apply, place, at, last, settings.steps, *_room(edits))
+    return _chunked(partial(_solve, task, numbers), params, edits, chunk)
+
+
+def _room(edits: Sequence[PreparedEdit]) -> tuple[int, int]:
+    """Positions from a subject to the end of its answer, and tokens of an answer; both at most, as powers of two."""
+    every = stacked(edits)
+    answers = (every.targets >= 0).sum(axis=-1)
+    ends = every.targets.shape[-1] - (every.targets[..., ::-1] >= 0).argmax(axis=-1)
+    return _power((ends - every.subject).max()), _power(answers.max())
+
+
+def _power(least: Any) -> int:
+    return 1 << (int(least) - 1).bit_length()
 
 
 def observe(net: Net, params: Weights, edits: Sequence[PreparedEdit], places: Sequence[MlpPlace]) -> Observation:
@@ -166,12 +180,32 @@ def _observe(apply: Callable, places: tuple[MlpPlace, ...], params: Weights, edi
     return jax.vmap(one)(jnp.asarray(edits.tokens), jnp.asarray(edits.subject))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _solve(
-    apply: Callable, place: MlpPlace, at: At, steps: int, numbers: dict[str, Any], params: Weights, edits: PreparedEdit
-) -> Value:
+class _Task(NamedTuple):
+    """What of a search has to be known when it is compiled.
+
+    Attributes:
+        apply: of the network.
+        place: the MLP matrix.
+        at: where delta is added.
+        last: the residual stream after the last block.
+        steps: forward passes.
+        reach: positions that are computed, from the subject on.
+        answers: room for the tokens of a target.
+    """
+
+    apply: Callable
+    place: MlpPlace
+    at: At
+    last: str
+    steps: int
+    reach: int
+    answers: int
+
+
+@partial(jax.jit, static_argnums=0)
+def _solve(task: _Task, numbers: dict[str, Any], params: Weights, edits: PreparedEdit) -> Value:
     """The searches for a stack of edits; `numbers` are the other settings, which need no new compilation."""
-    return jax.vmap(partial(_search, apply, place, at, steps, numbers, params))(edits)
+    return jax.vmap(partial(_search, task, numbers, params))(edits)
 
 
 class _Search(NamedTuple):
@@ -184,40 +218,40 @@ class _Search(NamedTuple):
     done: Array
 
 
-def _search(
-    apply: Callable, place: MlpPlace, at: At, steps: int, numbers: dict[str, Any], params: Weights, edit: PreparedEdit
-) -> Value:
-    """The search for one edit as a loop of fixed shape."""
-    name = place.value if at == "value" else place.block
-    targets, rows = jnp.asarray(edit.targets), jnp.asarray(edit.subject)
+def _search(task: _Task, numbers: dict[str, Any], params: Weights, edit: PreparedEdit) -> Value:
+    """The search for one edit as a loop of fixed shape, which computes only what depends on delta."""
+    place, name = task.place, task.place.value if task.at == "value" else task.place.block
     tokens = jnp.concatenate([edit.tokens, edit.kl_tokens[None]])
+    rows = jnp.asarray(edit.subject)
     subject = jnp.append(rows, edit.kl_subject)
-    logits, seen = record(apply, params, tokens, (place.key, place.value, name))
-    before = jax.nn.log_softmax(widen(logits[-1, edit.kl_subject]))
+    _, seen = record(task.apply, params, tokens)
     start = widen(seen[name][0, edit.subject[0]])
     length = jnp.linalg.norm(start)
     unit = jnp.where(numbers["relative"], length / np.sqrt(start.size), 1.0)
     whole = jnp.where(numbers["relative"], length, length**2)
     adam = optax.adam(numbers["learning_rate"])
+    asked, targets = _answers(edit, task.answers)
+    logits = _resumed(task, params, tokens, subject, asked, seen)
+    zero = jnp.zeros_like(start)
+    before = jax.nn.log_softmax(logits(zero)[-1, 0])
 
     def loss(delta: Array) -> Array:
-        logits = widen(apply(params, tokens, hook=_adding(name, subject, delta)))
-        after = jax.nn.log_softmax(logits[-1, edit.kl_subject])
+        found = logits(delta)
+        after = jax.nn.log_softmax(found[-1, 0])
         divergence = jnp.sum(jnp.exp(after) * (after - before))
         decay = optax.safe_norm(delta, 0.0) / whole
-        nll = target_nll(logits[:-1], targets).mean()
+        nll = target_nll(found[:-1], targets).mean()
         return nll + numbers["kl"] * divergence + numbers["weight_decay"] * decay
 
     def step(state: _Search) -> _Search:
         value, slope = jax.value_and_grad(loss)(state.delta)
-        done = (value < numbers["stop"]) | (state.step + 1 >= steps)
+        done = (value < numbers["stop"]) | (state.step + 1 >= task.steps)
         updates, moments = adam.update(slope * unit, state.adam)
         delta = _clamped(state.delta + unit * jnp.asarray(updates), numbers["clamp"] * length)
         losses = state.losses.at[state.step].set(value)
         return _Search(jnp.where(done, state.delta, delta), moments, state.step + 1, losses, done)
 
-    empty = jnp.full(steps, jnp.nan, start.dtype)
-    zero = jnp.zeros_like(start)
+    empty = jnp.full(task.steps, jnp.nan, start.dtype)
     found = jax.lax.while_loop(
         lambda state: ~state.done, step, _Search(zero, adam.init(zero), jnp.int32(0), empty, jnp.bool_(False))
     )
@@ -225,15 +259,57 @@ def _search(
     return Value(found.delta, start, keys, outputs, found.losses)
 
 
-def _adding(name: str, subject: Array, delta: Array) -> Callable[[str, Array], Array]:
-    """A hook that adds delta to one activation, at the subject of each row."""
+def _answers(edit: PreparedEdit, most: int) -> tuple[Int[Array, "every k"], Int[Array, "rows k"]]:
+    """Where predictions are asked for, counted from the subject, with the targets; in the last row the subject itself.
 
-    def hook(at: str, x: Array) -> Array:
-        if at != name:
-            return x
-        return x.at[jnp.arange(len(subject)), subject].add(delta.astype(x.dtype)[None])
+    Rows with fewer tokens in their target have any other positions behind it, with target -1.
+    """
+    places = jnp.argsort(jnp.asarray(edit.targets) < 0, axis=-1, stable=True)[:, :most]
+    targets = jnp.take_along_axis(jnp.asarray(edit.targets), places, axis=-1)
+    behind = jnp.maximum(places - jnp.asarray(edit.subject)[:, None], 0)
+    return jnp.concatenate([behind, jnp.zeros_like(behind[:1])]), targets
 
-    return hook
+
+def _resumed(
+    task: _Task,
+    params: Weights,
+    tokens: Int[Array, "rows t"],
+    subject: Int[Array, " rows"],
+    asked: Int[Array, "rows k"],
+    seen: dict[str, Array],
+) -> Callable[[Array], Float[Array, "rows k vocabulary"]]:
+    """The logits at the positions asked for, of delta; all that delta cannot change is taken from `seen`.
+
+    Only positions from the subject on are computed, up to `task.reach`: those before are in the cached keys and values.
+    The stream after the edited block is `seen` plus delta, so the blocks before it are dropped in compilation.
+    """
+    ahead = jnp.arange(task.reach)
+    # places behind the end are the last one again, which none before them sees
+    places = jnp.minimum(subject[:, None] + ahead[None], tokens.shape[1] - 1)
+    stream = jnp.take_along_axis(seen[task.place.block], places[..., None], axis=1)
+    past = jnp.arange(tokens.shape[1])[None, None] < subject[:, None, None]
+    shape = (len(tokens), task.reach)
+    visible = jnp.concatenate(
+        [
+            jnp.broadcast_to(past, (*shape, tokens.shape[1])),
+            jnp.broadcast_to(ahead[None, None, :] <= ahead[None, :, None], (*shape, task.reach)),
+        ],
+        axis=-1,
+    )
+
+    def logits(delta: Array) -> Array:
+        changed = stream.at[:, 0].add(delta.astype(stream.dtype)[None])
+
+        def hook(name: str, x: Array) -> Array:
+            if name.endswith(CACHED):
+                return jnp.concatenate([seen[name], x], axis=1)
+            x = changed if name == task.place.block else x
+            return jnp.take_along_axis(x, asked[..., None], axis=1) if name == task.last else x
+
+        rest = jnp.take_along_axis(tokens, places, axis=1)
+        return widen(task.apply(params, rest, positions=places, visible=visible, hook=hook))
+
+    return logits
 
 
 def _clamped(x: Float[Array, " d"], most: Float[Array, ""]) -> Float[Array, " d"]:

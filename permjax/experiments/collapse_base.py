@@ -72,7 +72,7 @@ class BaseConfig:
     size: SizeConfig = SizeConfig()
     rows: int = 12_000
     train: TrainConfig = TrainConfig(
-        epochs=8,
+        epochs=12,
         batch_size=48,
         optimizer="adamw",
         learning_rate=3e-3,

@@ -13,10 +13,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from permjax.nets.base import Net
-from permjax.nets.language import Weights
+from permjax.nets.language import CACHED, Weights
 from permjax.permutation import is_traced
 
-_CACHED = (":key", ":value")
 _Cache = dict[str, Array]
 
 
@@ -108,7 +107,7 @@ def _read(apply: Callable[..., Array], params: Weights, tokens: Array, room: int
     cache: _Cache = {}
 
     def keep(name: str, value: Array) -> Array:
-        if name.endswith(_CACHED):
+        if name.endswith(CACHED):
             cache[name] = jnp.pad(value, [(0, 0), (0, room), *[(0, 0)] * (value.ndim - 2)])
         return value
 
@@ -124,7 +123,7 @@ def _read_one(
     grown: _Cache = {}
 
     def extend(name: str, value: Array) -> Array:
-        if name.endswith(_CACHED):
+        if name.endswith(CACHED):
             grown[name] = value = jax.lax.dynamic_update_slice_in_dim(cache[name], value, width + number, axis=1)
         return value
 

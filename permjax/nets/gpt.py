@@ -98,7 +98,7 @@ def apply(
     positions: Int[Array, "batch tokens"] | None = None,
     visible: Bool[Array, "batch tokens keys"] | None = None,
     hook: Hook = unchanged,
-) -> Float[Array, "batch tokens vocabulary"]:
+) -> Float[Array, "batch predicted vocabulary"]:
     """Logits of the next token at each position.
 
     Args:
@@ -111,7 +111,8 @@ def apply(
         hook: is given named activations and returns what is used in their place: "h.{i}.attn:key" and
             "h.{i}.attn:value" [batch, tokens, heads, width of a head], which it may make longer or shorter if `visible`
             fits, "h.{i}.mlp.c_proj:in" and "h.{i}.mlp.c_proj:out" [batch, tokens, features], and the residual stream
-            after a block, "h.{i}". Names have no prefix.
+            after a block, "h.{i}", of which it may keep some tokens only after the last block, so that only these are
+            predicted. Names have no prefix.
     """
     check_length(tokens, config.n_positions)
 

@@ -16,6 +16,9 @@ Weights = Mapping[str, Array]
 Hook: TypeAlias = Callable[[str, Array], Array]
 """`hook(name, activation)` returns what the model goes on with: the same to look at it, another to inject it."""
 
+CACHED = (":key", ":value")
+"""How the names of keys and values of attention end; a hook that puts earlier ones before them is a cache."""
+
 # Keys of Hugging Face configurations that leave the logits of evaluation mode alone.
 IGNORED_KEYS = frozenset(
     {
@@ -100,18 +103,19 @@ def record(
     apply: Callable[..., Array],
     params: Weights,
     tokens: Int[Array, "batch tokens"],
-    names: Collection[str],
+    names: Collection[str] | None = None,
     *,
     hook: Hook = unchanged,
     **context: Any,
-) -> tuple[Float[Array, "batch tokens vocabulary"], dict[str, Array]]:
+) -> tuple[Float[Array, "batch predicted vocabulary"], dict[str, Array]]:
     """Logits, and activations by name.
 
     Args:
         apply: of a language model.
         params: the weights by name.
         tokens: numbers of tokens.
-        names: the activations that are asked for; the `apply` of each architecture says which there are.
+        names: the activations that are asked for; the `apply` of each architecture says which there are. By default
+            all of them.
         hook: is called before; what it returns is recorded.
         **context: what else `apply` takes.
 
@@ -130,10 +134,11 @@ def record(
         return seen[name]
 
     logits = apply(params, tokens, hook=see, **context)
-    for name in names:
+    asked = seen if names is None else names
+    for name in asked:
         if name not in seen:
             raise ValueError(f"The model has no activation {name!r}{nearest(name, seen)}.")
-    return logits, {name: seen[name] for name in names}
+    return logits, {name: seen[name] for name in asked}
 
 
 def check_length(tokens: Int[Array, "batch tokens"], positions: int) -> None:

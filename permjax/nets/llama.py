@@ -121,7 +121,7 @@ def apply(
     positions: Int[Array, "batch tokens"] | None = None,
     visible: Bool[Array, "batch tokens keys"] | None = None,
     hook: Hook = unchanged,
-) -> Float[Array, "batch tokens vocabulary"]:
+) -> Float[Array, "batch predicted vocabulary"]:
     """Logits of the next token at each position.
 
     Args:
@@ -134,7 +134,8 @@ def apply(
         hook: is given named activations and returns what is used in their place: "layers.{i}.self_attn:key" (rotated)
             and "layers.{i}.self_attn:value" [batch, tokens, heads, width of a head], which it may make longer or
             shorter if `visible` fits, "layers.{i}.mlp.down_proj:in" and "layers.{i}.mlp.down_proj:out"
-            [batch, tokens, features], and the residual stream after a block, "layers.{i}".
+            [batch, tokens, features], and the residual stream after a block, "layers.{i}", of which it may keep some
+            tokens only after the last block, so that only these are predicted.
     """
     check_length(tokens, config.max_position_embeddings)
     norm = functools.partial(_rms_norm, params, epsilon=config.rms_norm_eps)

@@ -66,6 +66,27 @@ def test_the_search_is_that_of_a_plain_loop(edit_case):
     np.testing.assert_allclose(found.losses[0, :5], losses, rtol=1e-4)
 
 
+@pytest.mark.parametrize("at", ["value", "block"])
+@pytest.mark.parametrize("layout", ["gpt2", "llama"])
+def test_the_last_loss_is_that_of_the_whole_model_with_the_value_added(edit_case, layout, at):
+    net, params, edits, _ = edit_case(layout)
+    targets = edits[0].targets.copy()
+    targets[1, : edits[0].lengths[1] - 2] = -1  # an answer of one token among others of two
+    edit = edits[0]._replace(subject=edits[0].subject - np.asarray([1, 2, 0], np.int32), targets=targets)
+    place = mlp_place(net.config, LAYER)
+    settings = ValueSettings(steps=4, kl=0.0, weight_decay=0.0, learning_rate=0.1)
+    found = solve_values(net, params, [edit, edits[1]], place, settings, at=at)
+
+    def hook(name, x):
+        return x.at[np.arange(3), edit.subject].add(found.delta[0]) if name == getattr(place, at) else x
+
+    logs = np.asarray(jax.nn.log_softmax(net.apply(params, jnp.asarray(edit.tokens), hook=hook)))
+    rows = [[-logs[r, t, wanted] for t, wanted in enumerate(edit.targets[r]) if wanted >= 0] for r in range(3)]
+    assert [len(row) for row in rows] == [2, 1, 2]
+    np.testing.assert_allclose(found.losses[0, 3], np.mean([np.mean(row) for row in rows]), rtol=1e-4)
+    assert found.losses[0, 3] < found.losses[0, 0]
+
+
 def test_the_value_starts_from_what_the_bare_prompt_has_and_lowers_the_loss(edit_case, searched):
     net, params, edits, _ = edit_case("gpt2")
     _, found = searched
