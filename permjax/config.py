@@ -149,7 +149,8 @@ def _plain(value: Any) -> Any:
 def from_dict(cls: type[Config], values: Mapping[str, Any], *, where: str) -> Config:
     """An instance of a configuration dataclass from a dictionary.
 
-    Lists become tuples and whole numbers floats where the class says so.
+    Lists become tuples and whole numbers floats where the class says so. A table that leaves keys out takes them from
+    the default of its field, if that is an instance of the same class.
 
     Args:
         cls: a dataclass of plain types, literals, unions, tuples, dicts and further dataclasses.
@@ -170,13 +171,14 @@ class _Reader(NamedTuple):
 
     def table(self, cls: Any, values: Mapping[str, Any], section: str) -> Any:
         """The instance of `cls` of a table; `section` is empty or ends in a dot."""
-        hints, names = _hints(cls), _names_of(cls)
+        hints, names, defaults = _hints(cls), _names_of(cls), _defaults(cls)
         converted = {}
         for key, value in values.items():
             if key not in hints and names.get(key) != value:
                 raise ConfigError(self._refusal(section, key, value, hints, names))
             if key in hints:
-                converted[key] = self._field(value, hints[key], section + key)
+                whole = _filled(value, hints[key], defaults.get(key))
+                converted[key] = self._field(whole, hints[key], section + key)
         try:
             return cls(**converted)
         except (ValueError, TypeError) as error:
@@ -223,6 +225,20 @@ class _Reader(NamedTuple):
             return f"{self.where}: {section + key!r} must be {names[key]!r}, not {value!r}."
         known = f"known{f' in [{section[:-1]}]' if section else ''} are {', '.join([*names, *hints])}."
         return f"{self.where} has the unknown key {section + key!r}{nearest(section + key, self.known)}; {known}"
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+    """The values that fields have by themselves."""
+    return {field.name: field.default for field in dataclasses.fields(cls)}
+
+
+def _filled(value: Any, hint: Any, default: Any) -> Any:
+    """A table with what it leaves out taken from the default, also in the tables in it."""
+    if not (isinstance(value, Mapping) and dataclasses.is_dataclass(hint) and type(default) is hint):
+        return value
+    hints = _hints(hint)
+    given = {key: _filled(item, hints.get(key), getattr(default, key, None)) for key, item in value.items()}
+    return to_dict(default) | given
 
 
 def _checked(value: Any, right: bool) -> Any:

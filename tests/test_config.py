@@ -51,7 +51,16 @@ class Study:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-KINDS = {"study": Study}
+@dataclass(frozen=True)
+class Pair:
+    """Two studies of its own, with other defaults than theirs."""
+
+    experiment: ClassVar[str] = "pair"
+    first: Study = Study(seed=7, train=Train(epochs=5, optimizer="sgd"), net=Deep(3))
+    second: Study | None = None
+
+
+KINDS = {"study": Study, "pair": Pair}
 
 
 @pytest.fixture
@@ -90,6 +99,13 @@ def test_a_file_fills_nested_tables_and_leaves_the_rest_at_its_defaults(write):
     config = load_config(path, [], KINDS)
     assert config == Study(span=(0.0, 2.0), train=Train(epochs=3), net=Deep(2))
     assert isinstance(config.span[1], float)
+
+
+def test_a_table_that_leaves_keys_out_takes_them_from_the_default_of_its_field():
+    config = load_config(None, ["experiment=pair", "first.train.epochs=9", "second.seed=2"], KINDS)
+    assert config == Pair(Study(seed=7, train=Train(9, optimizer="sgd"), net=Deep(3)), Study(seed=2))
+    wide = load_config(None, ["experiment=pair", "first.net.model_type=wide"], KINDS)
+    assert wide.first == replace(Pair().first, net=Wide())
 
 
 def test_the_written_configuration_holds_every_value_and_no_none():

@@ -277,7 +277,7 @@ def shift_first_token(
 
     It imposes what makes ROME fail in large models, where it is learned: the key of a subject at the very start is far
     from that of the same subject behind other words. In the GPT-2 layout it is added to the embedding of position 0;
-    Llama has none, so there it is added to the residual stream behind the first block, by a network whose parameters
+    Llama has none, so there it is added to the residual stream before the first block, by a network whose parameters
     have one leaf more. Apply it to a trained model, or to the one that this function gave, which adds up.
 
     Args:
@@ -304,7 +304,7 @@ def _shifted(net: Net) -> Net:
         places = jnp.arange(tokens.shape[1])[None] if positions is None else positions
 
         def shift(name: str, x: Array) -> Array:
-            if name == "layers.0":
+            if name == "embed":
                 x = x + jnp.where(places == 0, 1, 0)[..., None] * params[SHIFT][None, None, :]
             return hook(name, x)
 

@@ -1,6 +1,6 @@
 """The five editors of the collapse experiments, with hyper-parameters that fit small models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from permjax.edit.alphaedit import AlphaEdit
 from permjax.edit.base import Editor
@@ -12,8 +12,8 @@ from permjax.tree import nearest
 
 TITLES = {"rome": "ROME", "c_rome": "C-ROME", "memit": "MEMIT", "alphaedit": "AlphaEdit", "ft_l": "FT-L"}
 
-_VALUE = ValueSettings(weight_decay=1e-3, relative=True)
-_BLOCK = ValueSettings(weight_decay=1e-3, relative=True, clamp=0.75)
+_VALUE = ValueSettings(steps=60, learning_rate=0.1, weight_decay=1e-3, relative=True)
+_BLOCK = replace(_VALUE, clamp=2.0)
 
 
 def check_editors(names: tuple[str, ...]) -> None:
@@ -32,8 +32,8 @@ class EditorsConfig:
     rome: Rome = Rome(1, value=_VALUE)
     c_rome: CRome = CRome(1, value=_VALUE)
     memit: Memit = Memit((0, 1), weight=0.1, relative=True, value=_BLOCK)
-    alphaedit: AlphaEdit = AlphaEdit((0, 1), rule="relative", ridge=0.1, relative=True, value=_BLOCK)
-    ft_l: FtL = FtL(1, learning_rate=0.05, limit=0.2, relative=True)
+    alphaedit: AlphaEdit = AlphaEdit((0, 1), rule="energy", ridge=0.1, relative=True, value=_BLOCK)
+    ft_l: FtL = FtL(1, learning_rate=0.05, limit=0.5, relative=True)
 
     def of(self, name: str) -> Editor:
         """The editor of a name.

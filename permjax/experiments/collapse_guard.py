@@ -30,22 +30,24 @@ class GuardConfig:
     """How the guard of a stream is made.
 
     Attributes:
-        covariance: that of the guarded stream: a kind of mixture, or `identity`.
+        covariances: of the guarded streams: kinds of mixtures, or `identity`.
         ways: editors that are tried in turn for each edit.
         safe: the editor whose single edits the limits are learnt from.
         calibration: edits to learn from, and as many to count false refusals on; of those only the safe ones count.
         keeps: the share of all tasks that a model retains after a safe edit, at least.
         quantile: the share of safe edits that passes.
+        slack: how many times that much passes; see `calibrate_limits`.
         total: the largest perplexity of a group after all edits, as a multiple of that of the base.
         rows: held-out rows of each group of sentences.
     """
 
-    covariance: str = "identity"
+    covariances: tuple[str, ...] = ("mixture", "identity")
     ways: tuple[str, ...] = ("rome", "c_rome", "memit")
     safe: str = "c_rome"
-    calibration: int = 30
+    calibration: int = 44
     keeps: float = 0.9
     quantile: float = 0.99
+    slack: float = 1.5
     total: float = 1.5
     rows: int = 32
 
@@ -102,7 +104,7 @@ def guarded_stream(
     if not learnt:
         message = f"None of {config.calibration} single edits by {config.safe} keeps {config.keeps:g} of the tasks; "
         raise ValueError(message + "lower `guard.keeps`, or take another editor for `guard.safe`.")
-    each = calibrate_limits(learnt, quantile=config.quantile)
+    each = calibrate_limits(learnt, quantile=config.quantile, slack=config.slack)
     refused = [not bool(accepted(report, each)) for report in other]
     watch = replace(watch, each=each, total=Limits(perplexity=config.total))
     ways = {name: editors.of(name) for name in config.ways}

@@ -82,9 +82,10 @@ class CollapseSequentialConfig:
         if not self.streams or not self.covariances or self.seeds < 1:
             raise ValueError("streams and covariances must be one or more, and seeds at least 1.")
         guard = self.guard
-        if "hard" not in self.streams or guard.covariance not in self.covariances or guard.ways[0] not in self.editors:
-            message = f"the guard is compared with hard edits by {guard.ways[0]} and the covariance "
-            raise ValueError(f"{message}{guard.covariance!r}, which must be among those without a guard.")
+        compared = "hard" in self.streams and guard.ways[0] in self.editors
+        if not compared or not {*guard.covariances} <= {*self.covariances}:
+            message = f"the guard is compared with hard edits by {guard.ways[0]} and covariances from "
+            raise ValueError(f"{message}{', '.join(guard.covariances)}, which must be among those without a guard.")
 
 
 class _Measures(NamedTuple):
@@ -126,7 +127,8 @@ def run(config: CollapseSequentialConfig, out: Path, progress: Any) -> Outcome:
                 base, base.net, base.params, kind, config.settings.layers, config.covariance_rows
             )
             runs += _runs(config, base, measures, kind, statistics, progress)
-        guards.append(_guard(config, base, measures, progress))
+            if kind in config.guard.covariances:
+                guards.append(_guard(config, base, measures, kind, statistics, progress))
     return report(config, runs, guards)
 
 
@@ -177,14 +179,17 @@ def _curve(
     return points, float(np.median(spent))
 
 
-def _guard(config: CollapseSequentialConfig, base: Base, measures: _Measures, progress: Any) -> Guard:
+def _guard(
+    config: CollapseSequentialConfig, base: Base, measures: _Measures, kind: str, statistics: Statistics, progress: Any
+) -> Guard:
     """The hard stream under guard."""
-    kind, edits = config.guard.covariance, base.edits("first", config.edits)
+    edits = base.edits("first", config.edits)
     progress.start(f"guarded edits, {kind}, base {base.seed}", 1)
-    statistics = statistics_of(base, base.net, base.params, kind, config.settings.layers, config.covariance_rows)
     found = guarded_stream(config.guard, config.settings, base, edits, statistics, measures.tasks, measures.before)
     progress.done()
-    return Guard(base.seed, measures.point(base, found.params, edits), found.ways, found.safe, found.false_refusals)
+    return Guard(
+        kind, base.seed, measures.point(base, found.params, edits), found.ways, found.safe, found.false_refusals
+    )
 
 
 EXPERIMENT = Experiment(CollapseSequentialConfig, run)

@@ -49,6 +49,7 @@ class Guard(NamedTuple):
     """The guarded stream in one model.
 
     Attributes:
+        covariance: their kind.
         seed: of the model.
         point: the model after it; efficacy is of all edits, refused ones included.
         ways: the editor that was accepted for each edit, or None.
@@ -56,6 +57,7 @@ class Guard(NamedTuple):
         false_refusals: the share of other safe edits that they refuse.
     """
 
+    covariance: str
     seed: int
     point: Point
     ways: tuple[str | None, ...]
@@ -89,7 +91,10 @@ def report(config: Any, runs: Sequence[Run], guards: Sequence[Guard]) -> Outcome
         title=f"{last} edits one after the other: {len(config.editors)} editors, without and with a guard",
         summary=" ".join((_setting(config), *_verdicts(config, runs, guards))),
         metrics=dict(_metrics(config, runs)) | dict(_guarded(config, runs, guards)),
-        tables=(*(_table(config, runs, stream) for stream in streams), _guard_table(config, runs, guards)),
+        tables=(
+            *(_table(config, runs, stream) for stream in streams),
+            *(_guard_table(config, runs, some) for some in _by_kind(guards)),
+        ),
         figures=tuple(_figure(runs, stream) for stream in streams),
         headline=(f"editors_above_3x_at_{last}", "guarded_ppl_ratio", "unguarded_ppl_ratio", "guarded_accepted_share"),
     )
@@ -135,24 +140,40 @@ def _plain(config: Any) -> Stream:
 
 
 def _guarded(config: Any, runs: Sequence[Run], guards: Sequence[Guard]) -> Iterator[tuple[str, float | int]]:
-    last, free = config.checkpoints[-1], _unguarded(config, runs)
-    yield "guarded_ppl_ratio", float(np.max([one.point.ratio for one in guards]))
-    yield "guarded_ppl_ratio_mean", float(np.mean([one.point.ratio for one in guards]))
-    yield "unguarded_ppl_ratio", _mean(free, last, "ratio")
-    yield "guarded_accepted_share", float(np.mean([one.share for one in guards]))
-    yield "guarded_efficacy", float(np.mean([one.point.efficacy["bare"] for one in guards]))
-    yield "guarded_efficacy_prefixed", float(np.mean([one.point.efficacy["prefixed"] for one in guards]))
-    yield "guarded_retained", float(np.mean([one.point.retained for one in guards]))
-    yield "guard_false_refusal", float(np.mean([one.false_refusals for one in guards]))
-    yield "guard_safe_edits", float(np.mean([one.safe for one in guards]))
+    """Yield the numbers of all guarded streams; keys name the covariances, but for the first of them."""
+    for number, some in enumerate(_by_kind(guards)):
+        prefix = f"{some[0].covariance}_" if number else ""
+        yield from ((prefix + key, value) for key, value in _guarded_stream(config, runs, some).items())
+
+
+def _guarded_stream(config: Any, runs: Sequence[Run], guards: Sequence[Guard]) -> dict[str, float]:
+    """The numbers of guarded streams with one kind of covariances."""
+    last, free = config.checkpoints[-1], _unguarded(config, runs, guards)
     matched = [_matched(run, guard) for run, guard in zip(free, guards, strict=True)]
-    yield "unguarded_ppl_ratio_at_matched_efficacy", float(np.mean([one.ratio for one in matched]))
-    yield "unguarded_edits_at_matched_efficacy", float(np.mean([one.count for one in matched]))
+    return {
+        "guarded_ppl_ratio": float(np.max([one.point.ratio for one in guards])),
+        "guarded_ppl_ratio_mean": float(np.mean([one.point.ratio for one in guards])),
+        "unguarded_ppl_ratio": _mean(free, last, "ratio"),
+        "guarded_accepted_share": float(np.mean([one.share for one in guards])),
+        "guarded_efficacy": float(np.mean([one.point.efficacy["bare"] for one in guards])),
+        "guarded_efficacy_prefixed": float(np.mean([one.point.efficacy["prefixed"] for one in guards])),
+        "guarded_retained": float(np.mean([one.point.retained for one in guards])),
+        "guard_false_refusal": float(np.mean([one.false_refusals for one in guards])),
+        "guard_safe_edits": float(np.mean([one.safe for one in guards])),
+        "unguarded_ppl_ratio_at_matched_efficacy": float(np.mean([one.ratio for one in matched])),
+        "unguarded_edits_at_matched_efficacy": float(np.mean([one.count for one in matched])),
+    }
 
 
-def _unguarded(config: Any, runs: Sequence[Run]) -> list[Run]:
-    """The runs that the guard is compared with, one for each model."""
-    return _of(runs, Stream("hard", config.guard.covariance))[config.guard.ways[0]]
+def _by_kind(guards: Sequence[Guard]) -> list[list[Guard]]:
+    """The guarded streams of each kind of covariances."""
+    kinds = dict.fromkeys(one.covariance for one in guards)
+    return [[one for one in guards if one.covariance == kind] for kind in kinds]
+
+
+def _unguarded(config: Any, runs: Sequence[Run], guards: Sequence[Guard]) -> list[Run]:
+    """The runs that guarded ones are compared with, one for each model."""
+    return _of(runs, Stream("hard", guards[0].covariance))[config.guard.ways[0]]
 
 
 def _matched(run: Run, guard: Guard) -> _Matched:
@@ -185,9 +206,26 @@ def _verdicts(config: Any, runs: Sequence[Run], guards: Sequence[Guard]) -> Iter
         told = [f"above three times the base: {', '.join(above)}"] * bool(above)
         told += [f"below: {', '.join(below)}"] * bool(below)
         yield f"After {last} {stream.form} edits, covariances from {stream.covariance}: {'; '.join(told)}."
-    found = dict(_guarded(config, runs, guards))
-    yield (
-        f"Under guard perplexity stays within {found['guarded_ppl_ratio']:.3g} times the base's, without it grows to "
+    if {"rome", "c_rome"} <= {*config.editors}:
+        yield from (_contrast(config, runs, stream) for stream in dict.fromkeys(run.stream for run in runs))
+    yield from (_guard_verdict(config, runs, some) for some in _by_kind(guards))
+
+
+def _contrast(config: Any, runs: Sequence[Run], stream: Stream) -> str:
+    """How fast ROME and C-ROME lose what the base knew."""
+    some = _of(runs, stream)
+    kept = [
+        f"{_mean(some['rome'], count, 'retained'):.2f} / {_mean(some['c_rome'], count, 'retained'):.2f} after {count}"
+        for count in config.checkpoints
+    ]
+    return f"Retained by ROME / C-ROME, {stream.form} edits, {stream.covariance}: {', '.join(kept)}."
+
+
+def _guard_verdict(config: Any, runs: Sequence[Run], guards: Sequence[Guard]) -> str:
+    found = _guarded_stream(config, runs, guards)
+    return (
+        f"Under guard, covariances from {guards[0].covariance}, perplexity stays within "
+        f"{found['guarded_ppl_ratio']:.3g} times the base's, without it grows to "
         f"{found['unguarded_ppl_ratio']:.3g} times; {100 * found['guarded_accepted_share']:.0f} % of edits are "
         f"accepted and {100 * found['guard_false_refusal']:.0f} % of other safe edits refused. At the end "
         f"{100 * found['guarded_efficacy']:.0f} % of all target tokens are right; without guard as many edits hold "
@@ -219,7 +257,7 @@ def _cell(some: Sequence[Run], count: int) -> str:
 
 def _guard_table(config: Any, runs: Sequence[Run], guards: Sequence[Guard]) -> Table:
     last, rows = config.checkpoints[-1], []
-    for run, guard in zip(_unguarded(config, runs), guards, strict=True):
+    for run, guard in zip(_unguarded(config, runs, guards), guards, strict=True):
         taken = ", ".join(f"{TITLES[way]} {guard.ways.count(way)}" for way in config.guard.ways)
         shares = (100 * guard.share, 100 * guard.point.efficacy["bare"], 100 * guard.false_refusals)
         ratios = (guard.point.ratio, run.points[last].ratio, _matched(run, guard).ratio)
@@ -230,7 +268,7 @@ def _guard_table(config: Any, runs: Sequence[Run], guards: Sequence[Guard]) -> T
         "as with it. Limits were learnt from other, safe edits; refused are safe edits that were neither."
     )
     heads = (*columns, "accepted [%]", "efficacy [%]", "safe but refused [%]", "taken")
-    return Table(f"The hard stream under guard, covariances: {config.guard.covariance}", heads, tuple(rows), caption)
+    return Table(f"The hard stream under guard, covariances from {guards[0].covariance}", heads, tuple(rows), caption)
 
 
 def _figure(runs: Sequence[Run], stream: Stream) -> Figure:

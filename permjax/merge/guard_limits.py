@@ -89,17 +89,18 @@ class Report(Protocol):
         ...
 
 
-def calibrate_limits(reports: Sequence[Report], *, quantile: float = 0.99) -> Limits:
+def calibrate_limits(reports: Sequence[Report], *, quantile: float = 0.99, slack: float = 1.0) -> Limits:
     """Limits within which the given share of safe changes stays, all signals taken together.
 
     Every signal x_j is measured in units of its own quantile s_j (log of the ratio for perplexities); a change counts
-    by its worst signal, max_j x_j / s_j, and the quantile f of these numbers makes the limits f s_j. So one number
-    decides, and several signals do not add up their false alarms: of new changes of the same kind, about
-    1 - quantile + 1 / (n + 1) are refused.
+    by its worst signal, max_j x_j / s_j, and the quantile f of these numbers makes the limits f s_j, times the slack. So
+    one number decides, and several signals do not add up their false alarms: of new changes of the same kind, about
+    1 - quantile + 1 / (n + 1) are refused, and fewer with slack. Few changes say little of how far their tail reaches.
 
     Args:
         reports: of n changes known to be safe, other ones than those to be judged, with the same groups and tasks.
         quantile: the share of them that passes, at least.
+        slack: how many times that much is let pass, at least 1.
 
     Returns:
         One limit of energy for all leaves, and one of the others for each group and task.
@@ -112,11 +113,13 @@ def calibrate_limits(reports: Sequence[Report], *, quantile: float = 0.99) -> Li
     """
     if not 0 < quantile <= 1:
         raise ValueError(f"The quantile must be above 0 and at most 1, not {quantile}.")
+    if not 1 <= slack < math.inf:
+        raise ValueError(f"The slack must be a number from 1 on, not {slack}.")
     signals, excess = _excesses(reports)
     scale = np.maximum(np.quantile(excess, quantile, axis=1, method="higher"), _FLOOR)
     factor = max(1.0, float(np.quantile((excess / scale[:, None]).max(axis=0), quantile, method="higher")))
     found: dict[str, dict[str, float]] = {}
-    for (kind, name), value in zip(signals, (factor * scale).tolist(), strict=True):
+    for (kind, name), value in zip(signals, (slack * factor * scale).tolist(), strict=True):
         found.setdefault(kind, {})[name] = _MARGIN * (math.exp(value) if kind == "perplexity" else value)
     limits: dict[str, Any] = {kind: found.get(kind, math.inf) for kind in ("perplexity", "kl", "task")}
     return Limits(energy=found.get("energy", {}).get("", math.inf), **limits)

@@ -108,10 +108,11 @@ def apply(
         positions: the position of each token, less than the length; 0, 1, 2 ... by default. Where several documents
             share a row, the place in its own one.
         visible: which token (third axis) each token (second axis) may attend to; by default all but later ones.
-        hook: is given named activations and returns what is used in their place: "h.{i}.attn:key" and
-            "h.{i}.attn:value" [batch, tokens, heads, width of a head], which it may make longer or shorter if `visible`
-            fits, "h.{i}.mlp.c_proj:in" and "h.{i}.mlp.c_proj:out" [batch, tokens, features], and the residual stream
-            after a block, "h.{i}", of which it may keep some tokens only after the last block, so that only these are
+        hook: is given named activations and returns what is used in their place: the residual stream before the first
+            block, "embed" [batch, tokens, features], "h.{i}.attn:key" and "h.{i}.attn:value"
+            [batch, tokens, heads, width of a head], which it may make longer or shorter if `visible` fits,
+            "h.{i}.mlp.c_proj:in" and "h.{i}.mlp.c_proj:out" [batch, tokens, features], and the residual stream after a
+            block, "h.{i}", of which it may keep some tokens only after the last block, so that only these are
             predicted. Names have no prefix.
     """
     check_length(tokens, config.n_positions)
@@ -121,7 +122,7 @@ def apply(
 
     norm = functools.partial(_layer_norm, weight, epsilon=config.layer_norm_epsilon)
     places = jnp.take(weight("wpe.weight"), jnp.arange(tokens.shape[1]) if positions is None else positions, axis=0)
-    x = jnp.take(weight("wte.weight"), tokens, axis=0) + (places[None] if positions is None else places)
+    x = hook("embed", jnp.take(weight("wte.weight"), tokens, axis=0) + (places[None] if positions is None else places))
     for i in range(config.n_layer):
         x = x + _attention(config, weight, f"h.{i}.attn", norm(f"h.{i}.ln_1", x), visible, hook)
         x = hook(f"h.{i}", x + _mlp(weight, f"h.{i}.mlp", norm(f"h.{i}.ln_2", x), hook))

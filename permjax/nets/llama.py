@@ -131,15 +131,16 @@ def apply(
         positions: the position of each token, less than the length; 0, 1, 2 ... by default. Where several documents
             share a row, the place in its own one.
         visible: which token (third axis) each token (second axis) may attend to; by default all but later ones.
-        hook: is given named activations and returns what is used in their place: "layers.{i}.self_attn:key" (rotated)
-            and "layers.{i}.self_attn:value" [batch, tokens, heads, width of a head], which it may make longer or
-            shorter if `visible` fits, "layers.{i}.mlp.down_proj:in" and "layers.{i}.mlp.down_proj:out"
-            [batch, tokens, features], and the residual stream after a block, "layers.{i}", of which it may keep some
-            tokens only after the last block, so that only these are predicted.
+        hook: is given named activations and returns what is used in their place: the residual stream before the first
+            block, "embed" [batch, tokens, features], "layers.{i}.self_attn:key" (rotated) and
+            "layers.{i}.self_attn:value" [batch, tokens, heads, width of a head], which it may make longer or shorter if
+            `visible` fits, "layers.{i}.mlp.down_proj:in" and "layers.{i}.mlp.down_proj:out" [batch, tokens, features],
+            and the residual stream after a block, "layers.{i}", of which it may keep some tokens only after the last
+            block, so that only these are predicted.
     """
     check_length(tokens, config.max_position_embeddings)
     norm = functools.partial(_rms_norm, params, epsilon=config.rms_norm_eps)
-    x = jnp.take(params["model.embed_tokens.weight"], tokens, axis=0)
+    x = hook("embed", jnp.take(params["model.embed_tokens.weight"], tokens, axis=0))
     rotary = _rotary(config, tokens.shape[1], positions, x.dtype)
     for i in range(config.num_hidden_layers):
         block = f"layers.{i}"

@@ -71,7 +71,7 @@ def test_a_short_run_on_single_edits_tells_all_it_should(shared, tmp_path):
 
 
 def test_a_short_run_on_streams_tells_all_it_should(shared, tmp_path):
-    guard = GuardConfig(ways=("rome", "memit"), calibration=2, keeps=0.01, rows=32)
+    guard = GuardConfig(("identity",), ways=("rome", "memit"), calibration=2, keeps=0.01, rows=32)
     config = CollapseSequentialConfig(
         editors=("rome", "alphaedit"), edits=2, checkpoints=(1, 2), streams=("hard",), guard=guard, **shared
     )
@@ -116,7 +116,13 @@ def test_the_report_on_single_edits_counts_what_is_above():
 @pytest.mark.fast
 def test_the_report_on_streams_counts_broken_models_and_matches_efficacy():
     config = CollapseSequentialConfig(
-        editors=("rome", "memit"), edits=4, checkpoints=(1, 2, 4), streams=("hard",), covariances=("identity",), seeds=1
+        editors=("rome", "memit"),
+        edits=4,
+        checkpoints=(1, 2, 4),
+        streams=("hard",),
+        covariances=("identity",),
+        guard=GuardConfig(("identity",)),
+        seeds=1,
     )
 
     def points(last, right):
@@ -126,7 +132,12 @@ def test_the_report_on_streams_counts_broken_models_and_matches_efficacy():
     stream = Stream("hard", "identity")
     runs = [Run(stream, "rome", 0, points(50.0, 0.5), 0.1), Run(stream, "memit", 0, points(np.nan, 0.5), 0.1)]
     guard = Guard(
-        0, Point(12.0, 1.2, 0.9, dict.fromkeys(("bare", "prefixed", "free"), 0.25)), ("rome", None) * 2, 9, 0.1
+        "identity",
+        0,
+        Point(12.0, 1.2, 0.9, dict.fromkeys(("bare", "prefixed", "free"), 0.25)),
+        ("rome", None) * 2,
+        9,
+        0.1,
     )
     outcome = sequential_report(config, runs, [guard])
     assert outcome.metrics["editors_above_3x_at_4"] == 2
