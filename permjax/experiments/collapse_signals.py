@@ -152,8 +152,10 @@ def _signals(
     changes = [change for delta in deltas for change in delta.values()]
     plain = Statistics.of(net, params, None)
     return {
-        "mixture_ppl": np.asarray(perplexity_of(losses["mixture"], config.convention)),
-        "text_ppl": np.asarray(perplexity_of(losses["text"], config.convention)),
+        **{
+            f"{name}_ppl": np.asarray(perplexity_of(losses[name], config.convention)) / measures.before.perplexity[name]
+            for name in ("mixture", "text")
+        },
         "mixture_kl": side_kl(net, params, deltas, {"mixture": measures.probe["mixture"]})["mixture"],
         "energy": np.asarray([measures.guard.energy(layer, change) for change in changes]),
         "norm": np.asarray([plain.energy(layer, change) for change in changes]),

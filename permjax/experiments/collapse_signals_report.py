@@ -25,7 +25,7 @@ class Sweep(NamedTuple):
         seed: of the model.
         covariance: of which kind.
         editor: by which.
-        signals: one number for each edit, by `SIGNALS`.
+        signals: one number for each edit, by `SIGNALS`; perplexities are multiples of the base's.
         retained: the mean over tasks of the score as a share of the base's, after each edit.
         kept: the same by task.
     """
@@ -63,8 +63,20 @@ def _broken(config: Any, sweeps: Sequence[Sweep]) -> np.ndarray:
     return np.concatenate([one.retained for one in sweeps]) < config.keeps
 
 
-def _area(config: Any, sweeps: Sequence[Sweep], key: str) -> float:
+def _together(config: Any, sweeps: Sequence[Sweep], key: str) -> float:
+    """The area over all models, whatever their base."""
     return auc(_signal(sweeps, key), _broken(config, sweeps))
+
+
+def _by_base(sweeps: Sequence[Sweep]) -> list[list[Sweep]]:
+    return [[one for one in sweeps if one.seed == seed] for seed in dict.fromkeys(one.seed for one in sweeps)]
+
+
+def _area(config: Any, sweeps: Sequence[Sweep], key: str) -> float:
+    """The mean over bases of the area over the models of each; a base with all models broken, or none, is left out."""
+    areas = [_together(config, some, key) for some in _by_base(sweeps)]
+    known = [area for area in areas if np.isfinite(area)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _within(config: Any, sweeps: Sequence[Sweep], key: str) -> dict[str, float]:
@@ -78,6 +90,11 @@ def _worst(config: Any, sweeps: Sequence[Sweep], key: str) -> float:
 
 
 def _correlation(sweeps: Sequence[Sweep], key: str, task: str | None = None) -> float:
+    """The mean over bases of the rank correlation over the models of a base."""
+    return float(np.mean([_correlation_together(some, key, task) for some in _by_base(sweeps)]))
+
+
+def _correlation_together(sweeps: Sequence[Sweep], key: str, task: str | None = None) -> float:
     kept = [one.retained if task is None else one.kept[task] for one in sweeps]
     return spearman(_signal(sweeps, key), np.concatenate(kept))
 
@@ -85,8 +102,10 @@ def _correlation(sweeps: Sequence[Sweep], key: str, task: str | None = None) -> 
 def _metrics(config: Any, sweeps: Sequence[Sweep]) -> Iterator[tuple[str, float | int]]:
     yield "spearman_ppl_task_mixture", _correlation(sweeps, "mixture_ppl")
     yield "spearman_ppl_task_text", _correlation(sweeps, "text_ppl")
+    yield "spearman_ppl_task_mixture_over_bases", _correlation_together(sweeps, "mixture_ppl")
     for key in SIGNALS:
         yield f"auc_{key}_pooled", _area(config, sweeps, key)
+        yield f"auc_{key}_over_bases", _together(config, sweeps, key)
         yield f"auc_{key}_within_min", _worst(config, sweeps, key)
         yield from ((f"auc_{key}_within_{kind}", area) for kind, area in _within(config, sweeps, key).items())
     yield "edited_models", len(_broken(config, sweeps))
@@ -117,6 +136,8 @@ def _verdicts(config: Any, sweeps: Sequence[Sweep]) -> Iterator[str]:
         pooled, worst = _area(config, sweeps, key), _worst(config, sweeps, key)
         turned = ", the wrong way round" if pooled < 0.5 else ""
         yield f"Area under the curve of {title}: {pooled:.2f} over all{turned}, at worst {worst:.2f} within one kind."
+    mixture, text = (_correlation(sweeps, key) for key in ("mixture_ppl", "text_ppl"))
+    yield f"Rank correlation of perplexity with what is retained: {mixture:.2f} on the mixture, {text:.2f} on text."
 
 
 # tables and figures
@@ -124,13 +145,21 @@ def _verdicts(config: Any, sweeps: Sequence[Sweep]) -> Iterator[str]:
 
 def _areas(config: Any, sweeps: Sequence[Sweep]) -> Table:
     rows = [
-        (title, _area(config, sweeps, key), *_within(config, sweeps, key).values(), _correlation(sweeps, key))
+        (
+            title,
+            _together(config, sweeps, key),
+            _area(config, sweeps, key),
+            *_within(config, sweeps, key).values(),
+            _correlation(sweeps, key),
+        )
         for key, title in SIGNALS.items()
     ]
-    heads = ("signal", "all", *config.covariances, "rank correlation")
+    heads = ("signal", "all bases", "one base", *config.covariances, "rank correlation")
     caption = (
-        "Areas under the curve for models that retain too little: of all models, and of those with one kind of "
-        "covariances. Energy and norm need no forward pass. The correlation is with the share that is retained."
+        "Areas under the curve for models that retain too little: of all models of all bases together, of all those of "
+        "one base, and of those with one kind of covariances; the latter are means over bases, as is the correlation "
+        "with the share that is retained. Perplexities are multiples of the base's. Energy and norm need no forward "
+        "pass."
     )
     return Table("Signals", heads, tuple(rows), caption)
 

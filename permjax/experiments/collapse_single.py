@@ -69,7 +69,7 @@ class CollapseSingleConfig:
     convention: Convention = "token"
     data: DataRoot = DataRoot()
     cache: str | None = None
-    seeds: int = 1
+    seeds: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:

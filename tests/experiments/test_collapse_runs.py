@@ -160,6 +160,11 @@ def test_the_report_on_signals_tells_those_that_point_the_wrong_way():
     outcome = signals_report(config, [sweep("mixture"), sweep("identity")])
     assert outcome.metrics["auc_energy_pooled"] == outcome.metrics["auc_energy_within_min"] == 1
     assert outcome.metrics["auc_norm_pooled"] == 0
+    assert outcome.metrics["auc_energy_over_bases"] == 1
+    other = sweep("mixture")._replace(seed=1, signals=dict.fromkeys(SIGNALS, 7 - kept["mixture"]))  # another scale
+    both = signals_report(config, [sweep("mixture"), sweep("identity"), other])
+    assert both.metrics["auc_energy_pooled"] == 1
+    assert both.metrics["auc_energy_over_bases"] < 1
     assert np.isnan(outcome.metrics["auc_energy_within_identity"])  # all are broken
     assert outcome.metrics["spearman_ppl_task_mixture"] == pytest.approx(-1)
     assert "norm of the change: 0.00 over all, the wrong way round" in outcome.summary

@@ -279,6 +279,16 @@ def test_several_signals_do_not_add_up_their_false_alarms():
     assert 0.9 <= np.mean([passes(report, limits) for report in safe]) <= 0.92
 
 
+def test_slack_lets_so_many_times_the_excess_pass():
+    safe = [Drawn(np.full(5, 1 + 0.1 * number)) for number in range(1, 9)]
+    plain, wide = (calibrate_limits(safe, slack=slack) for slack in (1.0, 1.5))
+    assert wide.energy == pytest.approx(1.5 * plain.energy)
+    for group, limit in plain.perplexity.items():
+        assert np.log(wide.perplexity[group]) == pytest.approx(1.5 * np.log(limit), rel=1e-4)
+    with pytest.raises(ValueError, match=r"from 1 on, not 0\.5"):
+        calibrate_limits(safe, slack=0.5)
+
+
 def test_limits_are_learnt_from_many_reports_at_once_as_from_one_by_one():
     changes = [moved(step) for step in (0.01, 0.03, 0.02)]
     one_by_one = calibrate_limits([check(change, moments=moments()) for change in changes])
