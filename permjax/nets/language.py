@@ -79,7 +79,7 @@ def language_model(
         return {
             name: scale(name) * pieces[name].reshape(shape)
             if name in pieces
-            else jnp.full(shape, 0.0 if name.endswith("bias") else 1.0)
+            else jnp.full(shape, 0.0 if name.endswith("bias") else 1.0, jnp.result_type(float))
             for name, shape in shapes.items()
         }
 

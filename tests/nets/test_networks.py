@@ -204,6 +204,13 @@ def test_a_prefix_only_renames():
     np.testing.assert_array_equal(jax.jit(plain.apply)(renamed, x), jax.jit(net.apply)(params, x))
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_initial_weights_have_a_dtype_of_their_own(name):
+    assert not any(
+        leaf.weak_type for leaf in jax.tree.leaves(build(config_from_dict(SMALL[name])).init(jax.random.key(0)))
+    )
+
+
 @pytest.mark.parametrize("name", ["mlp", "gpt2"])
 def test_keys_decide_the_initial_weights(name):
     first, again, other = (flatten(net_of(name).init(jax.random.key(seed))) for seed in (0, 0, 1))
