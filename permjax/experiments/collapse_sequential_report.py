@@ -207,7 +207,7 @@ def _verdicts(config: Any, runs: Sequence[Run], guards: Sequence[Guard]) -> Iter
         told += [f"below: {', '.join(below)}"] * bool(below)
         yield f"After {last} {stream.form} edits, covariances from {stream.covariance}: {'; '.join(told)}."
     if {"rome", "c_rome"} <= {*config.editors}:
-        yield from (_contrast(config, runs, stream) for stream in dict.fromkeys(run.stream for run in runs))
+        yield from (_contrast(config, runs, Stream(form, config.covariances[0])) for form in config.streams)
     yield from (_guard_verdict(config, runs, some) for some in _by_kind(guards))
 
 
@@ -218,7 +218,7 @@ def _contrast(config: Any, runs: Sequence[Run], stream: Stream) -> str:
         f"{_mean(some['rome'], count, 'retained'):.2f} / {_mean(some['c_rome'], count, 'retained'):.2f} after {count}"
         for count in config.checkpoints
     ]
-    return f"Retained by ROME / C-ROME, {stream.form} edits, {stream.covariance}: {', '.join(kept)}."
+    return f"Share retained by ROME / C-ROME, {stream.form} edits, {stream.covariance}: {', '.join(kept)}."
 
 
 def _guard_verdict(config: Any, runs: Sequence[Run], guards: Sequence[Guard]) -> str:

@@ -142,15 +142,18 @@ def _setting(config: Any) -> str:
 
 def _verdicts(config: Any, cells: Sequence[Cell]) -> Iterator[str]:
     """Yield what the numbers say, whatever that is."""
-    layout = cells[0].layout
-    for name in config.editors:
-        every = np.concatenate([cell.ratios(name) for cell in cells])
-        yield (
-            f"{TITLES[name]} ({layout}): {np.sum(every > 2)} of {len(every)} edits above twice the base perplexity, "
-            f"median {np.median(every):.3g} times, worst {np.max(every):.3g} times."
-        )
+    ratios = {TITLES[name]: np.concatenate([cell.ratios(name) for cell in cells]) for name in config.editors}
+    above = ", ".join(f"{title} {np.sum(every > 2)}" for title, every in ratios.items())
+    worst = ", ".join(f"{title} {_times(np.max(every))}" for title, every in ratios.items())
+    count = len(next(iter(ratios.values())))
+    yield f"Layout {cells[0].layout}: of {count} edits each, above twice the base perplexity: {above}. Worst: {worst}."
     if {"rome", "c_rome"} <= {*config.editors}:
         yield _contrast(cells)
+
+
+def _times(ratio: float) -> str:
+    """A ratio in words."""
+    return f"{ratio:,.0f} times" if ratio >= 100 else f"{ratio:.3g} times"
 
 
 def _contrast(cells: Sequence[Cell]) -> str:
@@ -175,7 +178,8 @@ def _editors(config: Any, cells: Sequence[Cell]) -> Table:
         every = np.concatenate([cell.ratios(name) for cell in cells])
         efficacies = (100 * _efficacy(cells, name, kind) for kind in Efficacy._fields)
         above = [100 * _share(cells, name, limit) for limit in (1.1, 2.0)]
-        rows.append((TITLES[name], float(np.median(every)), float(np.max(every)), *above, *efficacies))
+        ratios = (_times(f(every)).split()[0] for f in (np.median, np.max))
+        rows.append((TITLES[name], *ratios, *above, *efficacies))
     columns = ("editor", "median ratio", "largest ratio", "above 1.1x [%]", "above 2x [%]")
     caption = (
         "Perplexity after one edit as a multiple of that before. Efficacy: target tokens right after the bare prompt, "

@@ -109,7 +109,7 @@ def test_the_report_on_single_edits_counts_what_is_above():
     assert outcome.metrics["rome_directions_with_many_above_2x"] == 2
     assert outcome.metrics["c_rome_share_above_1_1x"] == 0
     assert outcome.metrics["rome_control_share_above_2x"] == 0
-    assert "4 of 8 edits above twice" in outcome.summary
+    assert "of 8 edits each, above twice the base perplexity: ROME 4, C-ROME 0" in outcome.summary
     assert "not fair" in outcome.summary
 
 
