@@ -136,8 +136,7 @@ def _setting(config: Any) -> str:
         f"{config.edits} hard edits, whose subject is one token at the start of the prompt, and as many controls are "
         f"made one by one in {config.seeds} trained model{'s' if config.seeds > 1 else ''} ({config.layout}), "
         "carried to the units of another one, and measured there. Right is the share of a target's words, each with "
-        "those before it given, so that some are right without any edit. Damage alone makes a target likelier, too, "
-        "which random units show."
+        "those before it given, so that some are right without any edit."
     )
 
 
@@ -159,14 +158,10 @@ def _nearness(pairs: Sequence[Pair]) -> str:
 
 def _of_editor(pairs: Sequence[Pair], editor: str) -> str:
     right = {way: f"{100 * _share(_of(pairs, editor, way), 'bare'):.0f} %" for way in _ARMS}
-    gain = {way: f"{_median(_of(pairs, editor, way), 'gain'):.2f}" for way in _ARMS}
-    others = [f"{right[way]} {title}" for way, title in WAYS.items() if way != "matched"]
     return (
         f"{TITLES[editor]}: {right['own']} right in the first model, {right['native']} made in the second, "
-        f"{right['matched']} carried by matched weights; {', '.join(others)}; "
-        f"{100 * _untouched(pairs, 'bare'):.0f} % without any edit. The target becomes likelier by {gain['own']} nats "
-        f"per token in the first model, {gain['native']} made in the second, {gain['matched']} by matched weights, "
-        f"{gain['rotated']} with the stream turned, {gain['random']} on random units (medians)."
+        f"{right['matched']} carried by matched weights, {right['random']} on random units, "
+        f"{100 * _untouched(pairs, 'bare'):.0f} % without any edit."
     )
 
 
