@@ -21,6 +21,7 @@ from permjax.edit.prefixes import sampled_prefixes as sampled_prefixes
 from permjax.edit.prepare import prepare_all as prepare_all
 from permjax.edit.requests import EditRequest as EditRequest
 from permjax.edit.requests import read_requests as read_requests
+from permjax.edit.requests import sift_requests as sift_requests
 from permjax.edit.rome import CRome as CRome
 from permjax.edit.rome import Rome as Rome
 from permjax.edit.rome import c_rome as c_rome

@@ -22,7 +22,8 @@ from permjax.files import atomic_path
 from permjax.nets.base import Net
 from permjax.nets.language import Weights, record
 
-Batch = tuple[Int[Array | np.ndarray, "n t"], Bool[Array | np.ndarray, "n t"]]
+# A named axis would be one size for all batches of a list: a text comes in several.
+Batch = tuple[Int[Array | np.ndarray, "_ _"], Bool[Array | np.ndarray, "_ _"]]
 
 _HEADER = "permjax-covariances"
 

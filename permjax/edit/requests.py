@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SLOT = "{}"
 
@@ -74,6 +74,18 @@ def request_of(prompt: str, subject: str, target: str, **rest: Any) -> EditReque
     return EditRequest(prompt, subject, target, **rest)
 
 
+class Sifted(NamedTuple):
+    """The requests of a file, and why other records of it are none.
+
+    Attributes:
+        requests: in order.
+        refused: a sentence on each other record, with the file and the number of its line or record.
+    """
+
+    requests: list[EditRequest]
+    refused: tuple[str, ...]
+
+
 def read_requests(path: str | os.PathLike[str]) -> list[EditRequest]:
     """The requests of a file: a JSON list of records, or one record in each line.
 
@@ -84,29 +96,55 @@ def read_requests(path: str | os.PathLike[str]) -> list[EditRequest]:
         ValueError: a line is no JSON, or a record is none of these or says something impossible; the message has the
             file and the number of the line or record.
     """
-    requests = []
-    for where, record in _records(Path(path)):
+    found = _sifted(Path(path))
+    if found.refused:
+        raise ValueError(found.refused[0])
+    return found.requests
+
+
+def sift_requests(path: str | os.PathLike[str]) -> Sifted:
+    """The requests of a file as `read_requests` reads them, without the records that it refuses.
+
+    Raises:
+        ValueError: no record is left, or the file is a list that is no JSON as a whole.
+    """
+    found = _sifted(Path(path))
+    if not found.requests:
+        message = f"{path} holds no edit; none of its {len(found.refused)} records is one. "
+        raise ValueError(message + found.refused[0])
+    return found
+
+
+def _sifted(path: Path) -> Sifted:
+    requests, refused = [], []
+    for where, record in _records(path):
         try:
+            if isinstance(record, ValueError):
+                raise record
             requests.append(_request(record))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-    if not requests:
+            refused.append(f"{where}{error}")
+    if not requests and not refused:
         raise ValueError(f"{path} holds no edit; write one record per line, or a JSON list of them.")
-    return requests
+    return Sifted(requests, tuple(refused))
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each record stands, and the record, or an error where a line is none."""
     content = path.read_text(encoding="utf-8")
     if content.lstrip().startswith("["):
-        records = _parsed(content, str(path), 1)
-        yield from ((f"{path}, record {number}", record) for number, record in enumerate(records, 1))
+        records = _parsed(content, path, 1)
+        yield from ((f"{path}, record {number}: ", record) for number, record in enumerate(records, 1))
         return
     for number, line in enumerate(content.splitlines(), 1):
-        if line.strip():
-            yield f"{path}, line {number}", _parsed(line, str(path), number)
+        try:
+            if line.strip():
+                yield f"{path}, line {number}: ", _parsed(line, path, number)
+        except ValueError as error:
+            yield "", error
 
 
-def _parsed(text: str, path: str, line: int) -> Any:
+def _parsed(text: str, path: Path, line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -127,15 +127,19 @@ def solve_values(
 
 
 def _room(edits: Sequence[PreparedEdit]) -> tuple[int, int]:
-    """Positions from a subject to the end of its answer, and tokens of an answer; both at most, as powers of two."""
+    """Positions from a subject to the end of its answer, and tokens of an answer; both at most, and rounded up.
+
+    So edits that come one by one share few programs.
+    """
     every = stacked(edits)
     answers = (every.targets >= 0).sum(axis=-1)
     ends = every.targets.shape[-1] - (every.targets[..., ::-1] >= 0).argmax(axis=-1)
-    return _power((ends - every.subject).max()), _power(answers.max())
+    return _power((ends - every.subject).max(), 4), _power(answers.max(), 2)
 
 
-def _power(least: Any) -> int:
-    return 1 << (int(least) - 1).bit_length()
+def _power(count: Any, least: int) -> int:
+    """The least power of two that holds so many."""
+    return max(least, 1 << (int(count) - 1).bit_length())
 
 
 def observe(net: Net, params: Weights, edits: Sequence[PreparedEdit], places: Sequence[MlpPlace]) -> Observation:

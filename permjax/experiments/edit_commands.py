@@ -32,6 +32,7 @@ class Edit(EditOptions):
     layer: Annotated[int | None, arg(metavar="INT")] = None
     settings: Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="KEY=VALUE")] = ()
     text: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT")] = ()
+    skip_bad: FlagCreatePairsOff[bool] = False
     identity: FlagCreatePairsOff[bool] = False
     guard: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT")] = ()
     guard_energy: Annotated[float | None, arg(metavar="FLOAT")] = None

@@ -38,7 +38,7 @@ def editors_of(options: EditOptions, config: Any) -> dict[str, Editor]:
     """
     chained = options.guard and options.fallback and options.method in FALLBACKS
     names = FALLBACKS[FALLBACKS.index(options.method) :] if chained else (options.method,)
-    found = {name: _editor(name, options, config) for name in names}
+    found: dict[str, Any] = {name: editor_of(name, config, layer=options.layer, ridge=options.ridge) for name in names}
     return found | {options.method: _with_settings(found[options.method], options)}
 
 
@@ -61,13 +61,24 @@ def _layers(editor: Any) -> tuple[int, ...]:
     return editor.layers if isinstance(editor, Memit | AlphaEdit) else (editor.layer,)
 
 
-def _editor(name: str, options: EditOptions, config: Any) -> Editor:
+def editor_of(name: str, config: Any, *, layer: int | None, ridge: float) -> Any:
+    """One editor with the settings of its paper, or relative ones.
+
+    Args:
+        name: of the editor.
+        config: a `GPT2Config` or `LlamaConfig`.
+        layer: where it writes, or the last of its layers; that of the settings for None.
+        ridge: of those that have one.
+
+    Raises:
+        ValueError: the model has no such layer or cannot be edited, or there is no such editor.
+    """
     model = published(config)
-    editor: Any = preset(name, model) if model is not None and model in PRESETS[name] else scale_free(name, config)
-    if options.layer is not None:
-        mlp_place(config, options.layer)  # refuses a layer that is not there
-        editor = _moved(editor, options.layer)
-    return replace(editor, ridge=options.ridge) if isinstance(editor, Rome | Memit) else editor
+    editor: Any = preset(name, model) if model and model in PRESETS.get(name, ()) else scale_free(name, config)
+    if layer is not None:
+        mlp_place(config, layer)  # refuses a layer that is not there
+        editor = _moved(editor, layer)
+    return replace(editor, ridge=ridge) if isinstance(editor, Rome | Memit) else editor
 
 
 def _moved(editor: Any, layer: int) -> Any:

@@ -4,32 +4,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from permjax.data.corpora import read_corpora
 from permjax.edit.base import Editor, Statistics
 from permjax.edit.covariance import collect_covariances
 from permjax.edit.evaluate import Probe as Others
 from permjax.edit.evaluate import prepare_probe
 from permjax.edit.places import MlpPlace, mlp_place
-from permjax.edit.prefixes import STARTS, sampled_prefixes
-from permjax.edit.prepare import PreparedEdit, prepare_all
+from permjax.edit.prepare import PreparedEdit
 from permjax.edit.presets import PREFIXES
-from permjax.edit.requests import EditRequest, read_requests
+from permjax.edit.requests import EditRequest, read_requests, sift_requests
 from permjax.experiments.architectures import FilesError, find_architecture
 from permjax.experiments.edit_editors import editors_of, layers_of
 from permjax.experiments.edit_options import EditOptions
+from permjax.experiments.edit_texts import ASKED, check_disjoint, statistics_of_text, with_prefixes
 from permjax.experiments.guard_files import read_probe
 from permjax.experiments.language_files import LanguageFiles, open_language_model
 from permjax.experiments.model_files import check_place
 from permjax.io.tokenizers import FileTokenizer
 from permjax.merge.energy import InputMoment
-from permjax.merge.perplexity import Probe, Sentences, padded
+from permjax.merge.perplexity import Probe
 
-_ASKED = ((10, 5),)  # prefixes before the prompts that are asked: tokens, and how many
-_LIKELY, _LONGEST, _ROWS, _TIMES = 40, 64, 16, 4  # of text that the model writes; so many tokens for each key's width
 _MULTIPLE = 8
 
 
@@ -53,6 +50,7 @@ class Job(NamedTuple):
     Attributes:
         files: the model.
         requests: the facts.
+        skipped: a sentence on each record that was left out.
         editors: name -> editor, to be tried in this order.
         edits: the facts as arrays.
         statistics: of keys in the model.
@@ -63,6 +61,7 @@ class Job(NamedTuple):
 
     files: LanguageFiles
     requests: list[EditRequest]
+    skipped: tuple[str, ...]
     editors: dict[str, Editor]
     edits: Prepared
     statistics: Statistics
@@ -79,7 +78,7 @@ def opened(options: EditOptions) -> Job:
         OSError: a file cannot be read.
     """
     _check(options)
-    requests = read_requests(options.edits)
+    requests, skipped = sift_requests(options.edits) if options.skip_bad else (read_requests(options.edits), ())
     files = open_language_model(options.model)
     check_place(Path(options.out), [files.checkpoint])
     editors = editors_of(options, files.net.config)
@@ -89,7 +88,7 @@ def opened(options: EditOptions) -> Job:
     edits = _prepared(options, files, tokenizer, requests, [*editors])
     statistics, source = _statistics(options, files, tokenizer, text, places)
     moments = _moments(files, probe, places)
-    return Job(files, requests, editors, edits, statistics, source, probe, moments)
+    return Job(files, requests, skipped, editors, edits, statistics, source, probe, moments)
 
 
 def _check(options: EditOptions) -> None:
@@ -112,16 +111,12 @@ def _check(options: EditOptions) -> None:
 
 def _texts(options: EditOptions, files: LanguageFiles) -> tuple[Probe, Probe]:
     """The sentences of the guard and those for second moments, which must be other ones."""
-    corpora = [read_corpora(paths) if paths else {} for paths in (options.guard, options.text)]
-    guarded, kept = ({line for lines in some.values() for line in lines} for some in corpora)
-    if shared := sorted(guarded & kept):
-        message = f"--guard and --text share {len(shared)} sentences, such as {shared[0][:60]!r}; a guard judges by "
-        raise FilesError(message + "text that the edit was not fitted to: give other text to one of them.")
+    check_disjoint({"--guard": options.guard, "--text": options.text})
     architecture = find_architecture((files.checkpoint,), None, None)
-    most = (options.guard_sentences, max(map(len, corpora[1].values()), default=1))
+    kinds = ((options.guard, options.guard_sentences, False), (options.text, None, True))
     guard, text = (
-        read_probe(paths, architecture, files.checkpoint, None, count) if paths else {}
-        for paths, count in zip((options.guard, options.text), most, strict=True)
+        read_probe(paths, architecture, files.checkpoint, None, count, special=special) if paths else {}
+        for paths, count, special in kinds
     )
     return guard, text
 
@@ -137,39 +132,15 @@ def _prepared(
     names: Sequence[str],
 ) -> Prepared:
     """The arrays of all edits, with prefixes that the model writes."""
-    kinds = list(dict.fromkeys([_ASKED, *(PREFIXES[name] for name in names)]))
+    kinds = list(dict.fromkeys([ASKED, *(PREFIXES[name] for name in names)]))
     keys = dict(zip(kinds, jax.random.split(jax.random.key(options.seed), len(kinds)), strict=True))
-    own = {kind: _with_prefixes(files, tokenizer, requests, kind, keys[kind]) for kind in kinds}
-    fresh = _with_prefixes(files, tokenizer, requests, _ASKED, jax.random.fold_in(keys[_ASKED], 1))
+    own = {kind: with_prefixes(files, tokenizer, requests, kind, keys[kind]) for kind in kinds}
+    fresh = with_prefixes(files, tokenizer, requests, ASKED, jax.random.fold_in(keys[ASKED], 1))
     longest = files.net.config.positions
     asked = [(text, one.target) for one in requests for text in (*one.paraphrases, *one.neighbours)]
     pad_to = min(longest, _rounded(max((len(tokenizer.encode(" ".join(pair)).ids) for pair in asked), default=1)))
     others = [prepare_probe(one, tokenizer, pad_to=pad_to) for one in requests]
     return Prepared({name: own[PREFIXES[name]] for name in names}, fresh, others)
-
-
-def _with_prefixes(
-    files: LanguageFiles,
-    tokenizer: FileTokenizer,
-    requests: Sequence[EditRequest],
-    kind: tuple[tuple[int, int], ...],
-    key: jax.Array,
-) -> list[PreparedEdit]:
-    prefixes = _sampled(files, tokenizer, key, kind) if kind else []
-    edits = prepare_all(requests, tokenizer, prefixes=prefixes)
-    longest = files.net.config.positions
-    if edits[0].tokens.shape[1] <= longest:
-        return edits
-    return prepare_all(requests, tokenizer, prefixes=prefixes, pad_to=longest)
-
-
-def _sampled(
-    files: LanguageFiles, tokenizer: FileTokenizer, key: jax.Array, lengths: tuple[tuple[int, int], ...], **options: Any
-) -> list[str]:
-    """Texts by the model, from those starts that are short enough in its tokens."""
-    shortest = min(length for length, _ in lengths)
-    starts = [start for start in STARTS if len(tokenizer.encode(start).ids) <= shortest]
-    return sampled_prefixes(files.net, files.params, tokenizer, key, lengths=lengths, starts=starts, **options)
 
 
 def _rounded(length: int) -> int:
@@ -185,29 +156,8 @@ def _statistics(
     """The second moments of the keys of all layers to edit, and what they come from."""
     if options.identity:
         return Statistics.of(files.net, files.params, None), "the identity"
-    width = max(_width(files, place) for place in places.values())
-    rows = chain.from_iterable(text.values() if text else [_own_text(options, files, tokenizer, width)])
-    found = collect_covariances(files.net, files.params, rows, [*places])
-    whose = f"of {', '.join(options.text)}" if text else "that the model wrote itself"
-    count = next(iter(found.values())).count
-    return Statistics.of(files.net, files.params, found), f"{count:,} tokens {whose}"
-
-
-def _width(files: LanguageFiles, place: MlpPlace) -> int:
-    return files.checkpoint[place.weight].shape[0 if place.orientation == "in_out" else 1]
-
-
-def _own_text(
-    options: EditOptions, files: LanguageFiles, tokenizer: FileTokenizer, width: int
-) -> tuple[Sentences, ...]:
-    """Text that the model writes, with several tokens for every dimension of the keys."""
-    config = files.net.config
-    length, top = min(_LONGEST, config.positions), min(_LIKELY, config.vocab_size)
-    pieces = -(-_TIMES * width // (length * _ROWS))
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), 1), pieces)
-    written = (_sampled(files, tokenizer, key, ((length, _ROWS),), end="", top=top) for key in keys)
-    texts = chain.from_iterable(written)
-    return padded((tokenizer.encode(text).ids for text in texts), rows=_ROWS, longest=length)
+    key = jax.random.fold_in(jax.random.key(options.seed), 1)
+    return statistics_of_text(files, tokenizer, places, text, options.text, key)
 
 
 def _moments(files: LanguageFiles, probe: Probe, places: dict[int, MlpPlace]) -> dict[str, InputMoment]:

@@ -17,6 +17,7 @@ class EditOptions:
         out: a folder for the edited model, its tokenizer, delta.safetensors and a report.
         method: the editor; with the settings of its paper for models of its sizes, else with settings relative to the
             model's own.
+        skip_bad: go on without the records that are no edits, and report them; by default the first one is refused.
         layer: which layer to edit, from 0; for memit and alphaedit the last of some.
         settings: a hyper-parameter of the method, as in value.clamp=2.
         batch: how many edits are written together; one after the other by default.
@@ -40,6 +41,7 @@ class EditOptions:
     edits: str
     out: str
     method: Method = "rome"
+    skip_bad: bool = False
     layer: int | None = None
     settings: tuple[str, ...] = ()
     batch: int = 1

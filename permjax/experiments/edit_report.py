@@ -1,5 +1,6 @@
 """What `permjax edit` tells: whether edits took, what they cost, and what was tried and refused."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ _SCORES = {
 }
 _KEYS = {"paraphrase": "paraphrase", "locality": "locality", "nll": "target_loss"}
 _ROWS = 200  # of a table
+_PLACE, _TOLD = re.compile(r"(?:line|record) \d+"), 10
 
 
 def edited_outcome(options: EditOptions, job: Job, edited: Edited) -> Outcome:
@@ -29,6 +31,7 @@ def edited_outcome(options: EditOptions, job: Job, edited: Edited) -> Outcome:
     refused = sum(_size(options, job, one) for one in edited.changes if one.accepted is None)
     count = len(job.requests)
     metrics: dict[str, Any] = {"edits": count, "accepted": count - refused, "refused": refused}
+    metrics |= {"skipped": len(job.skipped)} if options.skip_bad else {}
     metrics |= _efficacies(edited)
     worst = {
         (kind, name): float(value) for (kind, name), value in edited.report.signals().items() if kind == "perplexity"
@@ -36,7 +39,7 @@ def edited_outcome(options: EditOptions, job: Job, edited: Edited) -> Outcome:
     if worst:
         metrics["ppl_ratio_worst"] = max(worst.values())
     metrics["seconds_per_edit"] = float(np.median([one.seconds for one in edited.changes])) / options.batch
-    tables = (_efficacy(edited), *_perplexities(edited), _steps(options, job, edited), _attempts(edited))
+    tables = (_efficacy(edited), *_perplexities(edited), _steps(options, job, edited), _attempts(edited), _skipped(job))
     return Outcome(
         title=f"{count} edits of {options.model} by {TITLES[options.method]}",
         summary=_summary(options, job, metrics),
@@ -54,11 +57,19 @@ def _summary(options: EditOptions, job: Job, metrics: dict[str, Any]) -> str:
     others = [TITLES[name] for name in job.editors if name != options.method]
     said += f" (or {', '.join(others)}, where that was refused)" if others else ""
     said += f" into layer {places}, with settings {whose}; second moments: {job.source}."
+    if job.skipped:
+        said += f" {len(job.skipped)} records of {options.edits} are no edits and were left out: {_places(job)}."
     if "ppl_ratio_worst" in metrics:
         said += f" The perplexity of the worst corpus is {metrics['ppl_ratio_worst']:.4g} times that before."
     else:
         said += " There was no text to guard the model with: look at it with permjax check."
     return said
+
+
+def _places(job: Job) -> str:
+    """Where the first records that were left out stand."""
+    found = [match[0] for reason in job.skipped if (match := _PLACE.search(reason))]
+    return ", ".join(found[:_TOLD]) + (", ..." if len(found) > _TOLD else "")
 
 
 def _size(options: EditOptions, job: Job, change: Change) -> int:
@@ -132,6 +143,10 @@ def _attempts(edited: Edited) -> Table:
     caption += "Ratios: perplexity of the worst corpus after the edit, to that just before it and to that of the model."
     columns = ("edit", "editor", "energy", "ratio", "ratio to the model", "verdict")
     return Table("What was tried", columns, tuple(rows[:_ROWS]), caption)
+
+
+def _skipped(job: Job) -> Table:
+    return Table("Records that were left out", ("record",), tuple((reason,) for reason in job.skipped[:_ROWS]))
 
 
 def _attempt(change: Change, one: Attempt) -> tuple:

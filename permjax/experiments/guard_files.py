@@ -112,17 +112,32 @@ def check_unguarded(options: GuardOptions) -> None:
 
 
 def read_probe(
-    texts: Sequence[str], architecture: Architecture, checkpoint: Checkpoint, tokenizer: str | None, sentences: int
+    texts: Sequence[str],
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    tokenizer: str | None,
+    sentences: int | None,
+    *,
+    special: bool = False,
 ) -> Probe:
     """The sentences of text files as tokens of a model, by corpus.
+
+    Args:
+        texts: the files.
+        architecture: of the model.
+        checkpoint: of the model, with its tokenizer beside it.
+        tokenizer: another one.
+        sentences: of each corpus, at most; all for None.
+        special: with what the tokenizer adds by itself, such as Llama's token for the beginning. Perplexity of ME-PPL
+            is taken without: nothing foretells the first token of a sentence, and it is not scored.
 
     Raises:
         ValueError: see `probe_of`.
     """
     vocabulary = _vocabulary(architecture)
-    encode = _encoder(tokenizer, checkpoint, vocabulary)
+    encode = _encoder(tokenizer, checkpoint, vocabulary, special=special)
     return {
-        corpus: _padded(corpus, map(encode, some), _positions(architecture), vocabulary)
+        corpus: in_batches(corpus, map(encode, some), _positions(architecture), vocabulary)
         for corpus, some in read_corpora(texts, most=sentences).items()
     }
 
@@ -145,7 +160,9 @@ def _positions(architecture: Architecture) -> int:
     return min(_LONGEST, *known, *(() if known else (architecture.inputs[0].shape[1],)))
 
 
-def _encoder(given: str | None, checkpoint: Checkpoint, vocabulary: int) -> Callable[[str], Sequence[int]]:
+def _encoder(
+    given: str | None, checkpoint: Checkpoint, vocabulary: int, *, special: bool
+) -> Callable[[str], Sequence[int]]:
     """From text to tokens, by the tokenizer that is given, or that beside the model, or as bytes."""
     beside = checkpoint.path.parent / "tokenizer.json"
     if given is None and not beside.is_file():
@@ -154,14 +171,25 @@ def _encoder(given: str | None, checkpoint: Checkpoint, vocabulary: int) -> Call
         message = f"There is no tokenizer.json beside {checkpoint.path}, whose model has {vocabulary} tokens; "
         raise FilesError(message + "put it there, or name one with --tokenizer FILE.")
     try:
-        tokenizer = load_tokenizer(given or beside)
+        tokenizer = load_tokenizer(given or beside, special=special)
     except ImportError as error:
         raise FilesError(str(error)) from None
     check_size(tokenizer, vocabulary)
     return lambda text: tokenizer.encode(text).ids
 
 
-def _padded(corpus: str, sentences: Iterable[Sequence[int]], longest: int, vocabulary: int) -> tuple[Sentences, ...]:
+def in_batches(corpus: str, sentences: Iterable[Sequence[int]], longest: int, vocabulary: int) -> tuple[Sentences, ...]:
+    """Sentences side by side, so many that their logits fit into memory.
+
+    Args:
+        corpus: their name.
+        sentences: their tokens.
+        longest: what is longer is cut at this length.
+        vocabulary: how many tokens the model foretells.
+
+    Raises:
+        FilesError: no sentence has two tokens; names the corpus.
+    """
     rows = max(1, min(_ROWS, _LOGITS // (longest * vocabulary)))
     try:
         return padded(sentences, rows=rows, longest=longest)

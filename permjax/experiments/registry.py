@@ -22,6 +22,7 @@ _MODULES = {
     "collapse_single": "permjax.experiments.collapse_single",
     "collapse_sequential": "permjax.experiments.collapse_sequential",
     "collapse_signals": "permjax.experiments.collapse_signals",
+    "edit_hf": "permjax.experiments.edit_hf",
     "edit_transport": "permjax.experiments.edit_transport",
 }
 

@@ -93,8 +93,8 @@ def calibrate_limits(reports: Sequence[Report], *, quantile: float = 0.99, slack
     """Limits within which the given share of safe changes stays, all signals taken together.
 
     Every signal x_j is measured in units of its own quantile s_j (log of the ratio for perplexities); a change counts
-    by its worst signal, max_j x_j / s_j, and the quantile f of these numbers makes the limits f s_j, times the slack. So
-    one number decides, and several signals do not add up their false alarms: of new changes of the same kind, about
+    by its worst signal, max_j x_j / s_j, and the quantile f of these numbers makes the limits f s_j, times the slack.
+    So one number decides, and several signals do not add up their false alarms: of new changes of the same kind, about
     1 - quantile + 1 / (n + 1) are refused, and fewer with slack. Few changes say little of how far their tail reaches.
 
     Args:

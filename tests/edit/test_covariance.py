@@ -57,6 +57,18 @@ def test_what_stands_in_the_padding_does_not_matter(model, batches, covariances)
         np.testing.assert_allclose(again[layer].matrix, covariances[layer].matrix, rtol=1e-12)
 
 
+def test_batches_of_several_shapes_are_one_text(model, batches, covariances):
+    pieces = [(tokens[:, :5], mask[:, :5]) for tokens, mask in batches]
+    whole = [(tokens[:2], mask[:2]) for tokens, mask in batches]
+    for some in (pieces + whole, whole + pieces):
+        found = collect_covariances(*model, some, LAYERS)
+        assert found[0].count == sum(mask.sum() for _, mask in some)
+    halves = [(tokens[rows], mask[rows]) for tokens, mask in batches for rows in (slice(1), slice(1, 4))]
+    again = collect_covariances(*model, halves, LAYERS)
+    for layer in LAYERS:
+        np.testing.assert_allclose(again[layer].matrix, covariances[layer].matrix, rtol=1e-5, atol=1e-5)
+
+
 def test_a_text_without_tokens_is_refused(model, batches):
     with pytest.raises(ValueError, match="no token that counts"):
         collect_covariances(*model, [(batches[0][0], np.zeros((4, 9), bool))], LAYERS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from permjax.edit.requests import EditRequest, read_requests, request_of
+from permjax.edit.requests import EditRequest, read_requests, request_of, sift_requests
 
 pytestmark = pytest.mark.fast
 
@@ -137,6 +137,26 @@ def test_a_file_without_an_edit_is_refused(tmp_path):
             read_requests(written(tmp_path / "edits.jsonl", content))
 
 
+def test_impossible_records_can_be_left_out_and_are_told(tmp_path):
+    bad = EASYEDIT | {"target_new": " "}
+    path = written(tmp_path / "edits.jsonl", lines([bad, ZSRE]) + "no record\n" + lines([COUNTERFACT]))
+    found = sift_requests(path)
+    assert found.requests == [READ[1], READ[0]]
+    assert [reason.split(":")[0] for reason in found.refused] == [f"{path}, line 1", found.refused[1]]
+    assert found.refused[1].startswith(f"{path}, line 3 is no JSON")
+    records = sift_requests(written(tmp_path / "edits.json", json.dumps([ZSRE, bad])))
+    assert (records.requests, len(records.refused)) == ([READ[1]], 1)
+    assert records.refused[0].startswith(f"{tmp_path / 'edits.json'}, record 2: The target of")
+
+
+def test_of_a_file_without_a_good_record_nothing_can_be_left_out(tmp_path):
+    path = written(tmp_path / "edits.jsonl", lines([EASYEDIT | {"target_new": ""}]))
+    with pytest.raises(ValueError, match=r"edits\.jsonl holds no edit; .* line 1: The target"):
+        sift_requests(path)
+    with pytest.raises(ValueError, match="line 2 is no JSON"):
+        sift_requests(written(tmp_path / "edits.json", '[{"a": 1},\n oops]'))
+
+
 def test_a_subject_that_stands_twice_can_be_marked():
     assert request_of("Ann is {}", "Ann", "here").subject_end == len("Ann is Ann")
 
@@ -148,6 +168,7 @@ def test_records_as_they_are_published_are_read(tmp_path):
     for file in ("counterfact-edit-1k.json", "zsre_mend_train-1k.json"):
         records = json.loads((folder / file).read_text())
         good = [record for record in records if record.get("alt") != ""]
+        assert sift_requests(folder / file).requests == read_requests(written(tmp_path / "good", json.dumps(good)))
         assert len(good) > 990
         requests = read_requests(written(tmp_path / file, json.dumps(good)))
         assert len(requests) == len(good)

@@ -1,6 +1,7 @@
 """From the command line: facts of a model in files are changed under guard, written, or refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,14 +14,18 @@ from permjax.edit.alphaedit import AlphaEdit
 from permjax.edit.delta import apply_delta, load_delta
 from permjax.edit.memit import Memit
 from permjax.edit.rome import CRome, Rome
+from permjax.experiments.architectures import find_architecture
 from permjax.experiments.edit_editors import editors_of
 from permjax.experiments.edit_options import EditOptions
+from permjax.experiments.guard_files import read_probe
 from permjax.experiments.language_files import open_language_model
 from permjax.io.checkpoint import open_checkpoint, save_checkpoint
-from permjax.io.tokenizers import train_byte_bpe
+from permjax.io.tokenizers import FileTokenizer, train_byte_bpe
 from permjax.nets.gpt import GPT2Config
 from permjax.nets.llama import LlamaConfig
 from permjax.nets.registry import build, config_to_dict
+
+pytest.importorskip("tokenizers", reason="tokenizers is not installed; it is in the extra `text`.")
 
 LINES = [
     "Ann Bell lives in the city of Bonn.",
@@ -123,6 +128,21 @@ def test_the_other_editors_write_too(model, place, method):
     assert changed.any()
 
 
+def test_records_that_are_no_edits_are_refused_or_left_out_and_told(model, place, capsys):
+    empty = {**FACTS[0], "target": ""}
+    lines = [json.dumps(one) for one in (FACTS[0], empty, FACTS[1])] + ["no record"]
+    Path("edits.jsonl").write_text("\n".join(lines))
+    assert edit(model, *QUICK, "--identity") == 2
+    assert "edits.jsonl, line 2: The target of the prompt" in capsys.readouterr().err
+    assert edit(model, *QUICK, "--identity", "--skip-bad") == 0
+    assert "2 records of edits.jsonl are no edits and were left out: line 2, line 4." in capsys.readouterr().out
+    assert (metrics()["edits"], metrics()["skipped"]) == (2, 2)
+    assert "line 4 is no JSON" in Path("out/report/report.html").read_text()
+    Path("edits.jsonl").write_text(lines[1])
+    assert edit(model, "--skip-bad", "-o", "other") == 2
+    assert "edits.jsonl holds no edit; none of its 1 records is one. edits.jsonl, line 1" in capsys.readouterr().err
+
+
 def write(name, text):
     return lambda _: Path(name).write_text(text)
 
@@ -180,6 +200,32 @@ def test_a_tokenizer_of_another_model_and_a_model_in_the_way_are_refused(model, 
 
 def options(**given):
     return EditOptions("model", "edits.jsonl", "out", guard=("guard.txt",), **given)
+
+
+def test_perplexity_is_taken_without_what_a_tokenizer_puts_before_a_text(model, place, capsys):
+    bare = read_probe(["guard.txt"], *opened(model), None, 8)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    sequence = [{"SpecialToken": {"id": "!", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokens = {"!": {"id": "!", "ids": [0], "tokens": ["!"]}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": sequence,
+        "pair": [],
+        "special_tokens": tokens,
+    }
+    other = Path("other")
+    shutil.copytree(model, other)
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert FileTokenizer(open_language_model(other).tokenizer.inner).encode("Ann").ids[0] == 0
+    jax.tree.map(np.testing.assert_array_equal, bare, read_probe(["guard.txt"], *opened(other), None, 8))
+    with_it = read_probe(["guard.txt"], *opened(other), None, 8, special=True)
+    assert all((batch.tokens[batch.mask.any(-1), 0] == 0).all() for batch in with_it["guard"])
+
+
+def opened(folder):
+    """The architecture and the files of a model."""
+    checkpoint = open_checkpoint(folder)
+    return find_architecture((checkpoint,), None, None), checkpoint
 
 
 def test_a_model_of_a_paper_gets_its_settings_and_others_relative_ones():

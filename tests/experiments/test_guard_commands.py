@@ -11,8 +11,11 @@ import pytest
 
 from permjax.action import permute
 from permjax.cli import main
+from permjax.experiments.architectures import FilesError
+from permjax.experiments.lora_places import place_of
 from permjax.io.checkpoint import open_checkpoint, save_checkpoint
 from permjax.lora.formats import save_adapter
+from permjax.lora.keys import ModuleInfo
 from permjax.lora.pool import Factors
 from permjax.nets.registry import build, config_from_dict
 from permjax.permutation import random_permutations
@@ -313,6 +316,33 @@ def test_merged_adapters_are_measured_in_their_base_model_and_refused_if_they_br
     assert merge_adapters("one", "wild", *guard, "--guard-limit", "1.2", "--weights=1,1", "-o", "bad") == 3
     assert "The guard refuses the result" in capsys.readouterr().err
     assert not Path("bad").exists()
+
+
+def test_the_names_of_kohyas_files_find_their_leaves(adapters, capsys):
+    guard = ("--guard", "text.txt", "--base", "a.safetensors")
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(f"{name}.safetensors", adapter(0.1, seed), like=(), style="kohya")
+    assert merge_adapters("one", "two", *guard) == 0
+    assert merge_adapters("one.safetensors", "two.safetensors", *guard, "-o", "kohya.safetensors") == 0
+    ratios = [numbers(f"{out}report")["guard_ratio"] for out in ("merged/", "kohya.safetensors.")]
+    assert ratios[1] == pytest.approx(ratios[0], rel=1e-5)
+    lost = {"transformer.h.9.mlp.c_proj": next(iter(adapter(0.1, 0).values()))}
+    save_adapter("lost.safetensors", lost, like=(), style="kohya")
+    capsys.readouterr()
+    assert merge_adapters("lost.safetensors", *guard, "-o", "bad.safetensors") == 2
+    assert "a.safetensors has no weight for the module 'lora_unet_h_9_mlp_c_proj'" in capsys.readouterr().err
+
+
+def test_a_name_of_kohya_that_may_be_two_leaves_is_refused(tmp_path):
+    save_checkpoint(
+        tmp_path / "odd.safetensors", {f"{name}.weight": np.zeros((3, 2)) for name in ("a.b", "a_b", "c.d")}
+    )
+    checkpoint = open_checkpoint(tmp_path / "odd.safetensors")
+    info = ModuleInfo("linear", 1, 1.0, (1, 2), (3, 1), np.dtype(np.float32))
+    assert place_of("lora_te2_c_d", info, checkpoint) == ("c.d.weight", False)
+    assert place_of("lora_unet_transformer_c_d", info, checkpoint) == ("c.d.weight", False)
+    with pytest.raises(FilesError, match=r"may stand for any of \['a.b.weight', 'a_b.weight'\]"):
+        place_of("lora_unet_a_b", info, checkpoint)
 
 
 @pytest.mark.parametrize(
