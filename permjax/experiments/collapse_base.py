@@ -19,8 +19,9 @@ from permjax.edit.facts import World, WorldConfig, edit_requests, make_world, ta
 from permjax.edit.mixture import KINDS, mixture_rows
 from permjax.edit.prefixes import random_prefixes
 from permjax.edit.prepare import PreparedEdit, Scored, prepare_all
+from permjax.experiments.collapse_editors import EditorsConfig
 from permjax.experiments.data_root import DataRoot
-from permjax.merge.perplexity import Sentences
+from permjax.merge.perplexity import Convention, Sentences
 from permjax.nets.base import Net
 from permjax.nets.gpt import GPT2Config
 from permjax.nets.llama import LlamaConfig
@@ -122,6 +123,48 @@ class Base:
     def tasks(self, without: Sequence[str]) -> dict[str, Scored]:
         """Questions about facts of other subjects, and sums."""
         return task_rows(self.world, without=without, pad_to=_PADDED)
+
+
+@dataclass(frozen=True)
+class OnBasesConfig:
+    """What all experiments on trained bases have in common.
+
+    Attributes:
+        base: how models are made.
+        settings: hyper-parameters of the editors.
+        covariance_rows: of a mixture, from which covariances are collected.
+        probe_rows: held-out rows of each group for perplexity.
+        convention: of perplexity.
+        data: where a given text is.
+        cache: folder that keeps trained models for other runs; in the folder of the run by default.
+        seeds: number of models of a layout, or of pairs of them.
+        seed: the models have the seeds `seed`, `seed + 1`, ...
+    """
+
+    base: BaseConfig = BaseConfig()
+    settings: EditorsConfig = EditorsConfig()
+    covariance_rows: int = 1024
+    probe_rows: int = 64
+    convention: Convention = "token"
+    data: DataRoot = DataRoot()
+    cache: str | None = None
+    seeds: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers with which nothing can be run."""
+        for name in ("covariance_rows", "probe_rows", "seeds"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}.")
+
+    def folder(self, out: Path) -> Path:
+        """Where trained models are kept, for a run in the folder `out`."""
+        return out / "state" if self.cache is None else Path(self.cache)
+
+    def trained(self, layout: Layout, out: Path, progress: Any, *, more: int = 0) -> list[Base]:
+        """The models of a layout, and so many more."""
+        seeds = range(self.seed, self.seed + self.seeds + more)
+        return bases(self.base, layout, seeds, self.data, self.folder(out), progress)
 
 
 def bases(

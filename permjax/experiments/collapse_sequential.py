@@ -13,11 +13,10 @@ from permjax.edit.base import Editor, Statistics
 from permjax.edit.collapse import State, state_of
 from permjax.edit.evaluate import Scores, evaluate
 from permjax.edit.prepare import PreparedEdit, Scored
-from permjax.experiments.collapse_base import Base, BaseConfig, Layout, bases, statistics_of
-from permjax.experiments.collapse_editors import EditorsConfig, check_editors
+from permjax.experiments.collapse_base import Base, Layout, OnBasesConfig, statistics_of
+from permjax.experiments.collapse_editors import check_editors
 from permjax.experiments.collapse_guard import GuardConfig, guarded_stream
 from permjax.experiments.collapse_sequential_report import Guard, Point, Run, Stream, report
-from permjax.experiments.data_root import DataRoot
 from permjax.experiments.registry import Experiment
 from permjax.merge.perplexity import Convention, Probe
 from permjax.report import Outcome
@@ -26,13 +25,11 @@ _FORMS: Mapping[str, Any] = {"hard": "first", "normal": "mid"}
 
 
 @dataclass(frozen=True)
-class CollapseSequentialConfig:
-    """Streams of edits.
+class CollapseSequentialConfig(OnBasesConfig):
+    """Streams of edits; more settings are those of `OnBasesConfig`.
 
     Attributes:
         layout: of the models.
-        base: how models are made.
-        settings: hyper-parameters of the editors.
         editors: which of them to run.
         edits: of a stream.
         checkpoints: numbers of edits after which the model is measured; the last is that of the stream.
@@ -40,35 +37,20 @@ class CollapseSequentialConfig:
         covariances: mixtures of the covariances, or `identity`, which AlphaEdit cannot use. Keys of metrics name the
             stream and the covariances, but for the first of each.
         guard: of the hard stream.
-        covariance_rows: of a mixture, from which covariances are collected.
-        probe_rows: held-out rows for perplexity.
-        convention: of perplexity.
-        data: where a given text is.
-        cache: folder that keeps trained models for other runs; in the folder of the run by default.
-        seeds: number of models; results are means over them.
-        seed: they have the seeds `seed`, `seed + 1`, ...
     """
 
     experiment: ClassVar[str] = "collapse_sequential"
-    layout: Layout = "gpt2"
-    base: BaseConfig = BaseConfig()
-    settings: EditorsConfig = EditorsConfig()
+    layout: Layout = "llama"
     editors: tuple[str, ...] = ("rome", "c_rome", "memit", "alphaedit", "ft_l")
     edits: int = 60
     checkpoints: tuple[int, ...] = (1, 10, 20, 30, 60)
     streams: tuple[Literal["hard", "normal"], ...] = ("hard", "normal")
     covariances: tuple[str, ...] = ("mixture", "identity")
     guard: GuardConfig = GuardConfig()
-    covariance_rows: int = 1024
-    probe_rows: int = 64
-    convention: Convention = "token"
-    data: DataRoot = DataRoot()
-    cache: str | None = None
-    seeds: int = 3
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
+        super().__post_init__()
         for names in (self.editors, self.guard.ways, (self.guard.safe,)):
             check_editors(names)
         points = self.checkpoints
@@ -79,8 +61,8 @@ class CollapseSequentialConfig:
         if needed > self.base.world.short_names:
             message = f"the stream and the guard need {needed} short names, but the world has "
             raise ValueError(f"{message}{self.base.world.short_names}.")
-        if not self.streams or not self.covariances or self.seeds < 1:
-            raise ValueError("streams and covariances must be one or more, and seeds at least 1.")
+        if not self.streams or not self.covariances:
+            raise ValueError("streams and covariances must be one or more.")
         guard = self.guard
         compared = "hard" in self.streams and guard.ways[0] in self.editors
         if not compared or not {*guard.covariances} <= {*self.covariances}:
@@ -116,9 +98,7 @@ def run(config: CollapseSequentialConfig, out: Path, progress: Any) -> Outcome:
     Returns:
         Metrics, tables and figures.
     """
-    folder = out / "state" if config.cache is None else Path(config.cache)
-    seeds = range(config.seed, config.seed + config.seeds)
-    models = bases(config.base, config.layout, seeds, config.data, folder, progress)
+    models = config.trained(config.layout, out, progress)
     runs, guards = [], []
     for base in models:
         measures = _measures(config, base)

@@ -19,61 +19,43 @@ from permjax.edit.collapse import (
 )
 from permjax.edit.delta import Delta
 from permjax.edit.prepare import PreparedEdit, Scored
-from permjax.experiments.collapse_base import Base, BaseConfig, Layout, bases, statistics_of
-from permjax.experiments.collapse_editors import EditorsConfig, check_editors
+from permjax.experiments.collapse_base import Base, Layout, OnBasesConfig, statistics_of
+from permjax.experiments.collapse_editors import check_editors
 from permjax.experiments.collapse_signals_report import SIGNALS, Sweep, report
-from permjax.experiments.data_root import DataRoot
 from permjax.experiments.registry import Experiment
-from permjax.merge.perplexity import Convention, Probe, perplexity_of
+from permjax.merge.perplexity import Probe, perplexity_of
 from permjax.report import Outcome
 
 _EDITORS = ("rome", "c_rome")  # editors of one layer, whose changes have a denominator
 
 
 @dataclass(frozen=True)
-class CollapseSignalsConfig:
-    """Signals of single edits by ROME and C-ROME.
+class CollapseSignalsConfig(OnBasesConfig):
+    """Signals of single edits by ROME and C-ROME; more settings are those of `OnBasesConfig`.
 
     Attributes:
         layout: of the models.
-        base: how models are made.
-        settings: hyper-parameters of the editors.
         editors: `rome`, `c_rome` or both.
         edits: of each of both forms, hard and controls.
         covariances: mixtures of the covariances, or `identity`.
         keeps: a model is broken if it retains less than this share of the tasks.
-        covariance_rows: of a mixture, from which covariances are collected.
-        probe_rows: held-out rows of each group.
-        convention: of perplexity.
-        data: where a given text is.
-        cache: folder that keeps trained models for other runs; in the folder of the run by default.
-        seeds: number of models.
-        seed: they have the seeds `seed`, `seed + 1`, ...
     """
 
     experiment: ClassVar[str] = "collapse_signals"
     layout: Layout = "gpt2"
-    base: BaseConfig = BaseConfig()
-    settings: EditorsConfig = EditorsConfig()
     editors: tuple[str, ...] = _EDITORS
     edits: int = 40
     covariances: tuple[str, ...] = ("mixture", "text", "identity")
     keeps: float = 0.9
-    covariance_rows: int = 1024
-    probe_rows: int = 64
-    convention: Convention = "token"
-    data: DataRoot = DataRoot()
-    cache: str | None = None
-    seeds: int = 3
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
+        super().__post_init__()
         check_editors(self.editors)
         if other := [name for name in self.editors if name not in _EDITORS]:
             raise ValueError(f"{other[0]!r} has no denominator; take editors of {', '.join(_EDITORS)}.")
-        if not self.covariances or min(self.edits, self.seeds) < 1 or not 0 < self.keeps < 1:
-            raise ValueError("covariances, edits and seeds must be one or more, and keeps between 0 and 1.")
+        if not self.covariances or self.edits < 1 or not 0 < self.keeps < 1:
+            raise ValueError("covariances and edits must be one or more, and keeps between 0 and 1.")
 
 
 class _Measures(NamedTuple):
@@ -96,9 +78,7 @@ def run(config: CollapseSignalsConfig, out: Path, progress: Any) -> Outcome:
     Returns:
         Metrics, tables and figures.
     """
-    folder = out / "state" if config.cache is None else Path(config.cache)
-    seeds = range(config.seed, config.seed + config.seeds)
-    models = bases(config.base, config.layout, seeds, config.data, folder, progress)
+    models = config.trained(config.layout, out, progress)
     progress.start("editing", len(models) * len(config.covariances))
     sweeps = []
     for base in models:

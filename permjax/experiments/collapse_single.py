@@ -19,12 +19,11 @@ from permjax.edit.collapse import (
 from permjax.edit.places import mlp_place
 from permjax.edit.prepare import PreparedEdit
 from permjax.edit.values import Value, observe
-from permjax.experiments.collapse_base import Base, BaseConfig, Layout, bases, statistics_of
-from permjax.experiments.collapse_editors import EditorsConfig, check_editors
+from permjax.experiments.collapse_base import Base, Layout, OnBasesConfig, statistics_of
+from permjax.experiments.collapse_editors import check_editors
 from permjax.experiments.collapse_single_report import Arm, Cell, report
-from permjax.experiments.data_root import DataRoot
 from permjax.experiments.registry import Experiment
-from permjax.merge.perplexity import Convention, group_losses, perplexity_of
+from permjax.merge.perplexity import group_losses, perplexity_of
 from permjax.nets.base import Net
 from permjax.report import Outcome
 
@@ -32,51 +31,34 @@ _MATCHED = ("rome", "c_rome")  # editors that are also given the controls
 
 
 @dataclass(frozen=True)
-class CollapseSingleConfig:
-    """Single edits of a model whose first token is set apart.
+class CollapseSingleConfig(OnBasesConfig):
+    """Single edits of a model whose first token is set apart; more settings are those of `OnBasesConfig`.
 
     Attributes:
         layouts: of the models; keys of metrics begin with the layout for all but the first.
-        base: how models are made.
-        settings: hyper-parameters of the editors.
         editors: which of them to run.
         edits: hard edits in each direction, and as many controls for ROME and C-ROME.
         gamma: the strength of what is added at the first token.
         gammas: strengths at which denominators are told.
         directions: how many random vectors are added in turn, each in a model of its own.
         covariance: the mixture of the covariances, or `identity`.
-        covariance_rows: of the mixture, from which they are collected.
-        probe_rows: held-out rows for perplexity.
-        convention: of perplexity.
-        data: where a given text is.
-        cache: folder that keeps trained models for other runs; in the folder of the run by default.
-        seeds: number of models of each layout.
-        seed: they have the seeds `seed`, `seed + 1`, ...
     """
 
     experiment: ClassVar[str] = "collapse_single"
     layouts: tuple[Layout, ...] = ("gpt2", "llama")
-    base: BaseConfig = BaseConfig()
-    settings: EditorsConfig = EditorsConfig()
     editors: tuple[str, ...] = ("rome", "c_rome", "memit", "alphaedit", "ft_l")
     edits: int = 24
     gamma: float = 8.0
     gammas: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)
     directions: int = 5
     covariance: str = "mixture"
-    covariance_rows: int = 1024
-    probe_rows: int = 64
-    convention: Convention = "token"
-    data: DataRoot = DataRoot()
-    cache: str | None = None
-    seeds: int = 3
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
+        super().__post_init__()
         check_editors(self.editors)
-        if min(self.edits, self.directions, self.seeds, self.covariance_rows, self.probe_rows) < 1 or not self.layouts:
-            raise ValueError("layouts must be one or more, and edits, directions, rows and seeds at least 1.")
+        if min(self.edits, self.directions) < 1 or not self.layouts:
+            raise ValueError("layouts must be one or more, and edits and directions at least 1.")
 
 
 def run(config: CollapseSingleConfig, out: Path, progress: Any) -> Outcome:
@@ -90,11 +72,9 @@ def run(config: CollapseSingleConfig, out: Path, progress: Any) -> Outcome:
     Returns:
         Metrics, tables and figures.
     """
-    folder = out / "state" if config.cache is None else Path(config.cache)
-    seeds = range(config.seed, config.seed + config.seeds)
     cells = []
     for layout in config.layouts:
-        models = bases(config.base, layout, seeds, config.data, folder, progress)
+        models = config.trained(layout, out, progress)
         progress.start(f"editing, {layout}", len(models) * config.directions)
         for base in models:
             for number in range(config.directions):

@@ -144,7 +144,7 @@ def _verdicts(config: Any, cells: Sequence[Cell]) -> Iterator[str]:
     """Yield what the numbers say, whatever that is."""
     ratios = {TITLES[name]: np.concatenate([cell.ratios(name) for cell in cells]) for name in config.editors}
     above = ", ".join(f"{title} {np.sum(every > 2)}" for title, every in ratios.items())
-    worst = ", ".join(f"{title} {_times(np.max(every))}" for title, every in ratios.items())
+    worst = ", ".join(f"{title} {_times(float(np.max(every)))}" for title, every in ratios.items())
     count = len(next(iter(ratios.values())))
     yield f"Layout {cells[0].layout}: of {count} edits each, above twice the base perplexity: {above}. Worst: {worst}."
     if {"rome", "c_rome"} <= {*config.editors}:
@@ -178,7 +178,7 @@ def _editors(config: Any, cells: Sequence[Cell]) -> Table:
         every = np.concatenate([cell.ratios(name) for cell in cells])
         efficacies = (100 * _efficacy(cells, name, kind) for kind in Efficacy._fields)
         above = [100 * _share(cells, name, limit) for limit in (1.1, 2.0)]
-        ratios = (_times(f(every)).split()[0] for f in (np.median, np.max))
+        ratios = (_times(float(f(every))).split()[0] for f in (np.median, np.max))
         rows.append((TITLES[name], *ratios, *above, *efficacies))
     columns = ("editor", "median ratio", "largest ratio", "above 1.1x [%]", "above 2x [%]")
     caption = (

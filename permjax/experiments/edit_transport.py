@@ -14,16 +14,14 @@ from permjax.action import permute
 from permjax.config import config_hash
 from permjax.edit.covariance import fingerprint
 from permjax.edit.mixture import mixture_rows
-from permjax.experiments.collapse_base import Base, BaseConfig, Layout, bases
-from permjax.experiments.collapse_editors import EditorsConfig, check_editors
-from permjax.experiments.data_root import DataRoot
+from permjax.experiments.collapse_base import Base, Layout, OnBasesConfig
+from permjax.experiments.collapse_editors import check_editors
 from permjax.experiments.edit_transport_report import KINDS, Pair, report
 from permjax.experiments.edit_transport_sides import Shared, Side, arm_of, side_of
 from permjax.experiments.edit_transport_ways import Both, Matchings, View, views_of, ways_between
 from permjax.experiments.registry import Experiment
 from permjax.match.activations import ActivationMatching
 from permjax.match.weights import WeightMatching
-from permjax.merge.perplexity import Convention
 from permjax.permutation import random_permutations
 from permjax.report import Outcome
 from permjax.train import TrainConfig, train
@@ -33,35 +31,26 @@ _FURTHER, _MATCHED = 5, 6  # seeds of rows, beside those of the bases
 
 
 @dataclass(frozen=True)
-class EditTransportConfig:
-    """Single edits of one model in another.
+class EditTransportConfig(OnBasesConfig):
+    """Single edits of one model in another; more settings are those of `OnBasesConfig`.
 
     Three kinds of pairs: `planted`, the second model is the first one with all its units in random order; `related`,
-    before that it was trained further on other rows; `independent`, it was trained from another seed.
+    before that it was trained further on other rows; `independent`, it was trained from another seed. Models of
+    neighbouring seeds make a pair.
 
     Attributes:
         layout: of the models.
-        base: how models are made.
         further: how the related model is trained further.
-        settings: hyper-parameters of the editors.
         editors: `rome`, `c_rome` or both.
         edits: of each of both forms, hard and controls.
         weights: hyper-parameters of weight matching.
         activations: hyper-parameters of activation matching.
         match_rows: of the mixture, whose activations are matched.
         covariance: the mixture of the covariances, or `identity`.
-        covariance_rows: of the mixture, from which they are collected.
-        probe_rows: held-out rows for perplexity and barriers.
-        convention: of perplexity.
-        data: where a given text is.
-        cache: folder that keeps trained models for other runs; in the folder of the run by default.
-        seeds: number of pairs of each kind; results are means over them.
-        seed: the first models have the seeds `seed`, `seed + 1`, ...; the independent ones of each the next one.
     """
 
     experiment: ClassVar[str] = "edit_transport"
-    layout: Layout = "gpt2"
-    base: BaseConfig = BaseConfig()
+    layout: Layout = "llama"
     further: TrainConfig = TrainConfig(
         epochs=3,
         batch_size=48,
@@ -71,28 +60,22 @@ class EditTransportConfig:
         warmup_steps=50,
         weight_decay=0.01,
     )
-    settings: EditorsConfig = EditorsConfig()
     editors: tuple[str, ...] = _EDITORS
     edits: int = 24
     weights: WeightMatching = WeightMatching()
     activations: ActivationMatching = ActivationMatching()
     match_rows: int = 512
     covariance: str = "mixture"
-    covariance_rows: int = 1024
-    probe_rows: int = 64
-    convention: Convention = "token"
-    data: DataRoot = DataRoot()
-    cache: str | None = None
     seeds: int = 1
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
+        super().__post_init__()
         check_editors(self.editors)
         if other := [name for name in self.editors if name not in _EDITORS]:
             raise ValueError(f"{other[0]!r} makes no change of rank one; take editors of {', '.join(_EDITORS)}.")
-        if min(self.edits, self.seeds, self.match_rows, self.covariance_rows, self.probe_rows) < 1:
-            raise ValueError("edits, rows and seeds must be at least 1.")
+        if min(self.edits, self.match_rows) < 1:
+            raise ValueError("edits and rows must be at least 1.")
 
 
 def run(config: EditTransportConfig, out: Path, progress: Any) -> Outcome:
@@ -106,10 +89,8 @@ def run(config: EditTransportConfig, out: Path, progress: Any) -> Outcome:
     Returns:
         Metrics, tables and a figure.
     """
-    folder = out / "state" if config.cache is None else Path(config.cache)
-    seeds = range(config.seed, config.seed + config.seeds + 1)
-    models = bases(config.base, config.layout, seeds, config.data, folder, progress)
-    further = [_further(config, base, folder, progress) for base in models[:-1]]
+    models = config.trained(config.layout, out, progress, more=1)
+    further = [_further(config, base, config.folder(out), progress) for base in models[:-1]]
     edits = [edit for form in ("first", "mid") for edit in models[0].edits(form, config.edits)]
     shared = Shared(config, edits, models[0].probe(("mixture",), config.probe_rows))
     views = views_of(models[0].net, jax.device_get(models[0].params), _held_out(shared))
