@@ -1,7 +1,12 @@
 """One house for all tests: CPU with four virtual devices, strict arrays, checked annotations."""
 
+import dataclasses
+import gc
+import inspect
 import os
 import resource
+import tempfile
+import typing
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,16 +14,53 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Thousands of small programs are compiled here and run a few times each: half of all time, if optimised for speed.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1",
+)
 
 import hypothesis
 import jax
+import jaxtyping
 import numpy as np
 import pytest
-from jaxtyping import install_import_hook
+from beartype import BeartypeConf, beartype
+from jaxtyping import TypeCheckError, install_import_hook, jaxtyped
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Many programs are made again by other functions: every process compiles a program only once.
+COMPILED = tempfile.TemporaryDirectory(prefix="permjax-compiled-")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def names_shapes(hint) -> bool:
+    """Tell whether a jaxtyping array is part of an annotation, or may be, as it is quoted."""
+    quoted_or_shaped = isinstance(hint, str) or type(hint).__module__.startswith("jaxtyping")
+    return quoted_or_shaped or any(map(names_shapes, typing.get_args(hint)))
+
+
+def checked(*, typechecker):
+    """`jaxtyped` where shapes are named; elsewhere beartype alone checks as much, at a fraction of the cost."""
+    alone = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
+
+    def decorate(it):
+        if dataclasses.is_dataclass(it) and inspect.isfunction(vars(it).get("__init__")):
+            it.__init__ = decorate(it.__init__)
+            return it
+        if inspect.isfunction(it) and not inspect.isgeneratorfunction(it):
+            own_class = it.__qualname__.split(".")[:-1]
+            if not any(names_shapes(hint) for hint in it.__annotations__.values() if hint not in own_class):
+                return alone(it)
+        return jaxtyped(it, typechecker=typechecker)
+
+    return decorate
+
+
+jaxtyping.jaxtyped = checked  # what the hook calls
 install_import_hook("permjax", "beartype.beartype")  # before the first import of permjax
 
 from permjax.symmetry.spec import Fixed, Group, Leaf, Of, PermutationSpec, Product, Sum  # noqa: E402
@@ -51,6 +93,12 @@ def bounded_memory():
     if peak > _PEAK["at the last clearing"] + (1 << 20):
         jax.clear_caches()
         _PEAK["at the last clearing"] = peak
+
+
+def pytest_collection_finish(session):
+    """Modules stay until the end: spare the garbage collector from looking through them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 # A small zoo of symmetries, one for each way in which groups stand in leaves.
