@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,14 +21,10 @@ from permjax.edit.prefixes import random_prefixes
 from permjax.edit.prepare import PreparedEdit, Scored, prepare_all
 from permjax.experiments.collapse_editors import EditorsConfig
 from permjax.experiments.data_root import DataRoot
+from permjax.experiments.language_networks import Layout, SizeConfig, language_network
 from permjax.merge.perplexity import Convention, Sentences
 from permjax.nets.base import Net
-from permjax.nets.gpt import GPT2Config
-from permjax.nets.llama import LlamaConfig
-from permjax.nets.registry import build
 from permjax.train import TrainConfig, train
-
-Layout = Literal["gpt2", "llama"]
 
 _TRAINED, _COVARIANCE, _PROBE = 1, 2, 3  # seeds of rows, so that no two uses share them
 _ROWS = 32  # of a batch
@@ -36,22 +32,15 @@ _PADDED = 16  # tokens of the rows of an edit
 
 
 @dataclass(frozen=True)
-class SizeConfig:
-    """The size of a model, whatever its layout.
+class BaseSizeConfig(SizeConfig):
+    """The size of a base.
 
     Attributes:
-        layers: number of blocks.
-        width: of the residual stream.
-        heads: number of query heads.
-        kv_heads: number of key and value heads, of the Llama layout.
-        hidden: width of a block's MLP.
         positions: longest sequence; training rows have as many tokens.
     """
 
     layers: int = 4
     width: int = 64
-    heads: int = 4
-    kv_heads: int = 2
     hidden: int = 256
     positions: int = 24
 
@@ -70,7 +59,7 @@ class BaseConfig:
 
     world: WorldConfig = WorldConfig()
     text: str | None = None
-    size: SizeConfig = SizeConfig()
+    size: BaseSizeConfig = BaseSizeConfig()
     rows: int = 12_000
     train: TrainConfig = TrainConfig(
         epochs=12,
@@ -181,7 +170,8 @@ def bases(
         progress: told about training.
     """
     world = _world(config, data.root)
-    net, length = network(config.size, layout, world.tokenizer.size), config.size.positions
+    length = config.size.positions
+    net = language_network(config.size, layout, world.tokenizer.size, length, tied=True)
     rows = mixture_rows(world, config.rows, length + 1, seed=_TRAINED)
     found = []
     for seed in seeds:
@@ -204,14 +194,6 @@ def _world(config: BaseConfig, root: str | None) -> World:
         return make_world(config.world)
     corpora = read_corpora([data_root(root) / config.text])
     return make_world(config.world, [sentence for some in corpora.values() for sentence in some])
-
-
-def network(size: SizeConfig, layout: Layout, vocabulary: int) -> Net:
-    """A network of a layout for so many tokens; both have one table of tokens for input and output."""
-    if layout == "gpt2":
-        return build(GPT2Config(vocabulary, size.positions, size.width, size.layers, size.heads, size.hidden))
-    parts = (vocabulary, size.width, size.hidden, size.layers, size.heads, size.kv_heads)
-    return build(LlamaConfig(*parts, max_position_embeddings=size.positions, tie_word_embeddings=True))
 
 
 def batches(rows: np.ndarray) -> list[Sentences]:

@@ -13,10 +13,11 @@ from permjax.edit.base import Editor, Statistics
 from permjax.edit.collapse import State, state_of
 from permjax.edit.evaluate import Scores, evaluate
 from permjax.edit.prepare import PreparedEdit, Scored
-from permjax.experiments.collapse_base import Base, Layout, OnBasesConfig, statistics_of
+from permjax.experiments.collapse_base import Base, OnBasesConfig, statistics_of
 from permjax.experiments.collapse_editors import check_editors
 from permjax.experiments.collapse_guard import GuardConfig, guarded_stream
 from permjax.experiments.collapse_sequential_report import Guard, Point, Run, Stream, report
+from permjax.experiments.language_networks import Layout
 from permjax.experiments.registry import Experiment
 from permjax.merge.perplexity import Convention, Probe
 from permjax.report import Outcome

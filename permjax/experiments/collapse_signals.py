@@ -19,9 +19,10 @@ from permjax.edit.collapse import (
 )
 from permjax.edit.delta import Delta
 from permjax.edit.prepare import PreparedEdit, Scored
-from permjax.experiments.collapse_base import Base, Layout, OnBasesConfig, statistics_of
+from permjax.experiments.collapse_base import Base, OnBasesConfig, statistics_of
 from permjax.experiments.collapse_editors import check_editors
 from permjax.experiments.collapse_signals_report import SIGNALS, Sweep, report
+from permjax.experiments.language_networks import Layout
 from permjax.experiments.registry import Experiment
 from permjax.merge.perplexity import Probe, perplexity_of
 from permjax.report import Outcome

@@ -19,9 +19,10 @@ from permjax.edit.collapse import (
 from permjax.edit.places import mlp_place
 from permjax.edit.prepare import PreparedEdit
 from permjax.edit.values import Value, observe
-from permjax.experiments.collapse_base import Base, Layout, OnBasesConfig, statistics_of
+from permjax.experiments.collapse_base import Base, OnBasesConfig, statistics_of
 from permjax.experiments.collapse_editors import check_editors
 from permjax.experiments.collapse_single_report import Arm, Cell, report
+from permjax.experiments.language_networks import Layout
 from permjax.experiments.registry import Experiment
 from permjax.merge.perplexity import group_losses, perplexity_of
 from permjax.nets.base import Net

@@ -18,7 +18,6 @@ from permjax.experiments.edit_options import EditOptions
 from permjax.nets.gpt import GPT2Config
 from permjax.nets.llama import LlamaConfig
 
-TITLES = {"rome": "ROME", "c_rome": "C-ROME", "memit": "MEMIT", "alphaedit": "AlphaEdit", "ft_l": "FT-L"}
 FALLBACKS = ("rome", "c_rome", "memit")
 """What is tried after one of these is refused by a guard: those behind it."""
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from permjax.edit.evaluate import Scores
-from permjax.experiments.edit_editors import TITLES, layers_of, published
+from permjax.experiments.collapse_editors import TITLES
+from permjax.experiments.edit_editors import layers_of, published
 from permjax.experiments.edit_files import Job
 from permjax.experiments.edit_options import EditOptions
 from permjax.experiments.edit_steps import Change, Edited

@@ -14,11 +14,12 @@ from permjax.action import permute
 from permjax.config import config_hash
 from permjax.edit.covariance import fingerprint
 from permjax.edit.mixture import mixture_rows
-from permjax.experiments.collapse_base import Base, Layout, OnBasesConfig
+from permjax.experiments.collapse_base import Base, OnBasesConfig
 from permjax.experiments.collapse_editors import check_editors
 from permjax.experiments.edit_transport_report import KINDS, Pair, report
 from permjax.experiments.edit_transport_sides import Shared, Side, arm_of, side_of
 from permjax.experiments.edit_transport_ways import Both, Matchings, View, views_of, ways_between
+from permjax.experiments.language_networks import Layout
 from permjax.experiments.registry import Experiment
 from permjax.match.activations import ActivationMatching
 from permjax.match.weights import WeightMatching

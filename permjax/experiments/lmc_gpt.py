@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from permjax import tree
 from permjax.data.registry import load
 from permjax.data.text import TextDataset
+from permjax.experiments.language_networks import Layout, SizeConfig, language_network
 from permjax.experiments.lmc_gpt_report import Pair, report
 from permjax.experiments.registry import Experiment
 from permjax.lmc.barrier import Barrier, barrier, l2_reduction_percent
@@ -22,15 +23,11 @@ from permjax.match.residual import Keeps, residual_matching
 from permjax.match.weights import WeightMatching, weight_matching
 from permjax.nets.base import Net
 from permjax.nets.folding import fold_norms
-from permjax.nets.gpt import GPT2Config
-from permjax.nets.llama import LlamaConfig
-from permjax.nets.registry import build
 from permjax.report import Outcome
 from permjax.symmetry.spec import PermutationSpec
 from permjax.symmetry.trace import trace_spec
 from permjax.train import TrainConfig, accuracy, cross_entropy, train
 
-Layout = Literal["gpt2", "llama"]
 _KEPT: dict[str, Keeps] = {
     "gpt2": "ones",
     "llama": "none",
@@ -56,25 +53,6 @@ class TextConfig:
     length: int = 64
     characters: int = 1_000_000
     test_share: float = 0.1
-
-
-@dataclass(frozen=True)
-class SizeConfig:
-    """The size of a model, whatever its layout.
-
-    Attributes:
-        layers: number of blocks.
-        width: of the residual stream.
-        heads: number of query heads.
-        kv_heads: number of key and value heads, of the Llama layout.
-        hidden: width of a block's MLP.
-    """
-
-    layers: int = 2
-    width: int = 128
-    heads: int = 4
-    kv_heads: int = 2
-    hidden: int = 512
 
 
 @dataclass(frozen=True)
@@ -148,7 +126,7 @@ def run(config: LmcGptConfig, out: Path, progress: Any) -> Outcome:
     data = _load(config.data)
     found, specs = {}, {}
     for layout in config.layouts:
-        net = _network(config, layout, data)
+        net = language_network(config.size, layout, len(data.classes), data.x_train.shape[1])
         models, seconds = _train(config, layout, net, data, out, progress)
         setting = _Setting(config, layout, net, data, trace_spec(net.apply, models[0], jnp.asarray(data.x_test[:2])))
         found[layout], specs[layout] = _pairs(setting, models, seconds, progress), setting.spec
@@ -162,23 +140,6 @@ def _load(config: TextConfig) -> TextDataset:
     name, own = ("sentences", {"seed": config.seed}) if config.path is None else ("text", {"path": config.path})
     shared = {"length": config.length, "characters": config.characters, "test_share": config.test_share}
     return cast(TextDataset, load(name, config.root, **own, **shared))
-
-
-def _network(config: LmcGptConfig, layout: Layout, data: TextDataset) -> Net:
-    size, vocabulary, positions = config.size, len(data.classes), data.x_train.shape[1]
-    if layout == "gpt2":
-        found = GPT2Config(vocabulary, positions, size.width, size.layers, size.heads, size.hidden)
-    else:
-        found = LlamaConfig(
-            vocabulary,
-            size.width,
-            size.hidden,
-            size.layers,
-            size.heads,
-            size.kv_heads,
-            max_position_embeddings=positions,
-        )
-    return build(found)
 
 
 def _train(

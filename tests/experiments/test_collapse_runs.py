@@ -9,7 +9,7 @@ from permjax.config import ConfigError, load_config, to_dict
 from permjax.edit.collapse import Efficacy
 from permjax.edit.facts import WorldConfig
 from permjax.experiments import collapse_sequential, collapse_signals, collapse_single
-from permjax.experiments.collapse_base import BaseConfig, SizeConfig
+from permjax.experiments.collapse_base import BaseConfig, BaseSizeConfig
 from permjax.experiments.collapse_editors import EditorsConfig
 from permjax.experiments.collapse_guard import GuardConfig
 from permjax.experiments.collapse_sequential import CollapseSequentialConfig
@@ -28,7 +28,7 @@ from permjax.train import TrainConfig
 # 80 steps: enough to answer a sum with a digit, so that there is something to retain
 TINY = BaseConfig(
     WorldConfig(short_names=12, full_names=2, dialects=1, characters=2000),
-    size=SizeConfig(layers=2, width=16, heads=2, kv_heads=1, hidden=24),
+    size=BaseSizeConfig(layers=2, width=16, heads=2, kv_heads=1, hidden=24),
     rows=640,
     train=TrainConfig(epochs=4, batch_size=32, optimizer="adamw", learning_rate=1e-2),
 )

@@ -14,11 +14,12 @@ from permjax.edit.delta import LowRank, apply_delta
 from permjax.edit.facts import WorldConfig
 from permjax.edit.places import mlp_place
 from permjax.experiments import edit_transport
-from permjax.experiments.collapse_base import BaseConfig, SizeConfig, network
+from permjax.experiments.collapse_base import BaseConfig, BaseSizeConfig
 from permjax.experiments.collapse_editors import EditorsConfig
 from permjax.experiments.edit_transport import EditTransportConfig
 from permjax.experiments.edit_transport_report import KINDS, Arm, Pair, report
 from permjax.experiments.edit_transport_ways import WAYS, Both, Matchings, Way, views_of, ways_between
+from permjax.experiments.language_networks import SizeConfig, language_network
 from permjax.experiments.progress import Progress
 from permjax.experiments.registry import experiments
 from permjax.figures import Figure
@@ -29,7 +30,7 @@ from permjax.train import TrainConfig
 
 TINY = BaseConfig(
     WorldConfig(short_names=12, full_names=2, dialects=1, characters=2000),
-    size=SizeConfig(layers=2, width=16, heads=2, kv_heads=1, hidden=24),
+    size=BaseSizeConfig(layers=2, width=16, heads=2, kv_heads=1, hidden=24),
     rows=640,
     train=TrainConfig(epochs=10, batch_size=32, optimizer="adamw", learning_rate=2e-2),
 )
@@ -73,7 +74,7 @@ def test_a_short_run_carries_edits_to_all_pairs_and_loses_none_where_units_were_
 
 
 def test_every_way_but_the_controls_carries_an_edit_back_to_units_that_were_permuted():
-    net = network(SizeConfig(layers=2, width=8, heads=2, kv_heads=1, hidden=12), "llama", 30)
+    net = language_network(SizeConfig(layers=2, width=8, heads=2, kv_heads=1, hidden=12), "llama", 30, 24, tied=True)
     a = jax.tree.map(lambda x: 3 * x, net.init(jax.random.key(0)))
     tokens = np.asarray(jax.random.randint(jax.random.key(1), (48, 12), 0, 30))
     views = views_of(net, a, tokens)
